@@ -1,0 +1,1 @@
+"""Experiments: each file is one program, `python -m experiments.NAME --preset PRESET`."""

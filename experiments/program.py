@@ -1,0 +1,288 @@
+"""What every experiment has in common as a program: command line, errors, devices, `result.json`.
+
+An experiment is a file with a frozen dataclass `Config`, a dict `PRESETS` of such, a function
+`main(config) -> {name: number}`, and at its end
+
+    if __name__ == "__main__":
+        program.run("sinusoid", main, PRESETS, default="published")
+
+A user's mistake ends in one line on stderr and exit status 2. As everywhere in this project it is
+a `ValueError` that the project raises by a statement of its own; one from anywhere else, be it
+NumPy, JAX or `int(text)`, is a mistake in the program and keeps its traceback.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import dis
+import importlib.metadata
+import inspect
+import io
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
+
+import jax
+import numpy as np
+import tyro
+
+
+class Config(Protocol):
+    """What `run` needs of an experiment's settings; each documents these fields and its own."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def run_dir(self) -> Path: ...
+    @property
+    def resume(self) -> bool: ...
+    @property
+    def num_devices(self) -> int | None: ...
+
+
+C = TypeVar("C", bound=Config)
+
+RESULT = "result.json"
+_PROJECT = ("metagen_jax", "experiments")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "metagen_jax")
+
+
+def run(
+    name: str,
+    main: Callable[[C], Mapping[str, Any]],
+    presets: Mapping[str, C],
+    *,
+    default: str,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Runs an experiment as a program, from its command line to its `result.json`.
+
+    The folder of the run is `runs/NAME-PRESET` unless `--run-dir` says otherwise.
+
+    Args:
+      name: of the experiment: `python -m experiments.NAME`.
+      main: the experiment; gives the numbers of its table by name.
+      presets: settings by name.
+      default: the preset that is taken without `--preset`.
+      argv: the command line without the program; None takes that of this process.
+
+    Raises:
+      SystemExit: with status 2 after a user's mistake, 130 after Ctrl-C, 0 after `--help`.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        summary = (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
+        config = parse(name, presets, default=default, argv=argv, about=summary)
+        check_run_dir(config)
+        start_devices(config.num_devices)
+        about = describe_run(name, config, argv)
+        start = time.perf_counter()
+        numbers = dict(main(config))
+        numbers["seconds"] = round(time.perf_counter() - start, 1)
+        file = write_result(config.run_dir, numbers, about)
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(f"all numbers are in {file}")
+
+
+def parse(
+    name: str, presets: Mapping[str, C], *, default: str, argv: Sequence[str], about: str = ""
+) -> C:
+    """The settings of a command line: a preset's, and over them those given as flags.
+
+    `about` stands at the top of what `--help` prints.
+
+    Raises:
+      ValueError: for an unknown preset, flag or value, in one line.
+      SystemExit: after `--help`.
+    """
+    preset_type = Annotated[
+        Literal[tuple(presets)],  # pyright: ignore[reportInvalidTypeForm]
+        tyro.conf.arg(help="The settings to start from; the flags below win over it."),
+    ]
+    config_type = tyro.conf.OmitArgPrefixes[type(presets[default])]
+    command_line: Any = dataclasses.make_dataclass(
+        "CommandLine", [("preset", preset_type), ("settings", config_type)], frozen=True
+    )
+    preset, config = default, presets[default]
+    for _ in range(2):  # The first pass finds the preset, the second takes its settings.
+        run_dir = Path("runs") / f"{name}-{preset}"
+        chosen = dataclasses.replace(presets[preset], run_dir=run_dir)
+        with _one_line_errors():
+            line = tyro.cli(
+                command_line,
+                default=command_line(preset, chosen),
+                prog=f"python -m experiments.{name}",
+                description=f"{about}\n\n{_describe_presets(presets, default)}",
+                args=argv,
+            )
+        preset, config = line.preset, line.settings
+    return config
+
+
+def check_run_dir(config: Config) -> None:
+    """Makes the folder of the run, unless that can't be or would overwrite a finished run."""
+    if (config.run_dir / RESULT).exists() and not config.resume:
+        raise ValueError(
+            f"run_dir {config.run_dir} holds a finished run; "
+            "give another --run-dir, or --resume to go on with that one"
+        )
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run_dir {config.run_dir} can't be made ({error.strerror}); give another --run-dir"
+        ) from None
+
+
+def start_devices(num_devices: int | None) -> None:
+    """Gives JAX so many CPU devices, by default one a core; must come before its first use.
+
+    Raises:
+      ValueError: if there are fewer devices than asked for, on an accelerator or because JAX has
+        started before.
+    """
+    if num_devices is not None and num_devices < 1:
+        raise ValueError(f"num_devices is {num_devices}; give 1 or more, or None for all")
+    # Refused once JAX has started, in a test or a notebook: what there is, is checked below.
+    with contextlib.suppress(RuntimeError):
+        jax.config.update("jax_num_cpu_devices", num_devices or num_cores())
+    if num_devices is not None and len(jax.devices()) < num_devices:
+        raise ValueError(
+            f"num_devices is {num_devices} and JAX sees {len(jax.devices())} "
+            f"({jax.default_backend()}); give at most {len(jax.devices())}"
+        )
+
+
+def num_cores() -> int:
+    """The processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, Any]:
+    """What is to be kept of a run beside its numbers, so that another can repeat it."""
+    versions = {package: _version(package) for package in _PACKAGES}
+    commit = _git("rev-parse", "HEAD")
+    return {
+        "command": shlex.join(["python", "-m", f"experiments.{name}", *argv]),
+        "config": dataclasses.asdict(config),
+        "versions": {"python": platform.python_version(), **versions},
+        "device": {
+            "kind": jax.devices()[0].device_kind,
+            "count": len(jax.devices()),
+            "cores": num_cores(),
+        },
+        "commit": commit or None,
+        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        "seed": config.seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write_result(run_dir: Path, numbers: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
+    """Writes the numbers and what is known of their run, all at once or not at all."""
+    if common := numbers.keys() & about.keys():
+        raise KeyError(f"the experiment's numbers take the names {sorted(common)} of the run's")
+    text = json.dumps({**numbers, **about}, indent=2, default=_to_json)
+    partial = run_dir / f"{RESULT}.partial"
+    partial.write_text(text + "\n", encoding="utf-8")
+    return partial.replace(run_dir / RESULT)
+
+
+def is_user_error(error: ValueError) -> bool:
+    """Whether a `raise` statement of this project made the error."""
+    if type(error).__module__.partition(".")[0] in _PROJECT:
+        return True
+    innermost: types.TracebackType | None = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    frame = innermost.tb_frame
+    spec = frame.f_globals.get("__spec__")  # Knows the name also of what runs as __main__.
+    raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return raised and spec is not None and spec.name.partition(".")[0] in _PROJECT
+
+
+@contextlib.contextmanager
+def _one_line_errors():
+    """Turns the box that tyro draws around an error into a ValueError of one line."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            yield
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise
+        uncoloured = re.sub(r"\x1b\[[0-9;]*m", "", stderr.getvalue())
+        _, *rows = [row.strip(" │") for row in uncoloured.splitlines()]
+        by_rule = itertools.groupby(rows, lambda row: bool(row.strip("─-╰╯")))
+        message, *more = [" ".join(section) for is_text, section in by_rule if is_text]
+        suggests = bool(more) and more[0].startswith("Perhaps you meant")
+        similar = re.findall(r"(?<= )--\S+", more[0]) if suggests else []
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
+        raise ValueError(f"{message.rstrip('. ')}; {hint}--help lists all flags") from None
+
+
+def _describe_presets(presets: Mapping[str, Config], default: str) -> str:
+    """The presets and in which settings each differs from the default one."""
+    usual = dataclasses.asdict(presets[default])
+    lines = [f"Presets (the defaults below are those of {default}):"]
+    for preset, config in presets.items():
+        changes = [
+            _as_flag(field, value)
+            for field, value in dataclasses.asdict(config).items()
+            if value != usual[field] and field != "run_dir"
+        ]
+        lines.append(f"  {preset}: {' '.join(changes) or 'the defaults'}")
+    return "\n".join(lines)
+
+
+def _as_flag(field: str, value: Any) -> str:
+    flag = field.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about the folder of this file; None where there is no git or no repository."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        return np.asarray(value).tolist()
+    raise TypeError(f"{type(value).__name__} {value!r} can't be written as JSON")

@@ -1,0 +1,351 @@
+"""Few-shot regression of sinusoids: MAML against a pretrained network and an oracle.
+
+    python -m experiments.sinusoid                       # two inner steps, decayed outer rate
+    python -m experiments.sinusoid --preset published    # MAML's own settings
+
+Finn et al. 2017, section 5.1. A task is a sinusoid of amplitude U[0.1, 5] and phase U[0, pi], seen
+at a few x of U[-5, 5]; the error is the mean squared error of the adapted network at 100 x spread
+evenly over [-5, 5], on tasks never trained on. The pretrained network is trained on all tasks as
+one data set and adapts at the rate that is best on validation tasks; the oracle is given amplitude
+and phase and does not adapt. Writes `result.json`, `sinusoid.png`, metrics and checkpoints.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.box
+import rich.console
+import rich.table
+from jaxtyping import Array, Float
+
+from experiments import program
+from metagen_jax.data.sinusoid import (
+    AMPLITUDES,
+    INPUTS,
+    SinusoidTask,
+    oracle_episode,
+    sample_sinusoid_task,
+    sinusoid,
+)
+from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
+from metagen_jax.meta.maml import maml_loss, maml_predict
+from metagen_jax.nets.mlp import MLP
+from metagen_jax.parallel import data_parallel
+from metagen_jax.supervised import squared_error_loss
+from metagen_jax.training import FitResult, fit, init_state, train_step
+from metagen_jax.types import Episode, Params
+
+TEST_QUERIES = 100
+PRETRAINED_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+COLUMNS = (0, 1, 2, 5, 10)
+# Of the tasks of validation and test, the same for every --seed and unlike any likely one.
+VALIDATION_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002
+# A network that answers with an error above this has diverged: twice the largest amplitude, squared.
+DIVERGED = (2 * AMPLITUDES[1]) ** 2
+
+
+@dataclass(frozen=True)
+class Config:
+    num_shots: int = 5
+    """Support points of a task, in training."""
+    num_queries: int = 10
+    """Query points of a task, in training."""
+    hidden_sizes: tuple[int, ...] = (40, 40)
+    """Units of each hidden layer of the network; ReLU."""
+    inner_steps: int = 2
+    """Steps of the inner SGD, in training."""
+    inner_rate: float = 0.01
+    """Learning rate of the inner SGD, in training and at test."""
+    every_step: bool = True
+    """Train on the mean of the query errors after each inner step; otherwise on that after the last."""
+
+    steps: int = 50_000
+    """Outer steps, of each of the three networks."""
+    num_tasks: int = 25
+    """Tasks in an outer step."""
+    outer_rate: float = 1e-3
+    """Learning rate of the outer Adam."""
+    cosine: bool = True
+    """Let the outer rate decay to zero along a cosine; otherwise keep it."""
+    num_validation_tasks: int = 1000
+    """Tasks that choose MAML's best checkpoint and the rate of the pretrained network."""
+
+    test_shots: int = 5
+    """Support points of a task, at validation and test."""
+    test_steps: int = 10
+    """Inner steps at validation and test."""
+    num_test_tasks: int = 4000
+    """Tasks of the test."""
+
+    seed: int = 0
+    """Fixes initialisation and training tasks; test tasks are the same for every seed."""
+    num_devices: int | None = 1
+    """Devices to use; a step here is too small to gain from more than one."""
+    run_dir: Path = Path("runs/sinusoid")
+    """Where everything of the run is written."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run's folder."""
+
+
+PRESETS = {
+    "default": Config(),
+    "published": Config(
+        num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False
+    ),
+    "smoke": Config(steps=30, num_validation_tasks=20, num_test_tasks=50),
+}
+
+
+class Curve(NamedTuple):
+    """Mean squared error over tasks, before adaptation and after each step.
+
+    Attributes:
+      mean: `(steps + 1,)`.
+      interval: `(steps + 1,)`, half width of the 95 % interval of the mean.
+      per_task: `(tasks, steps + 1)`.
+    """
+
+    mean: np.ndarray
+    interval: np.ndarray
+    per_task: np.ndarray
+
+
+def train(
+    config: Config,
+    name: str,
+    net: MLP,
+    show: Callable[[SinusoidTask], Episode],
+    *,
+    inner_steps: int,
+    validate: Callable[[Params], dict[str, float]] | None = None,
+) -> FitResult:
+    """Trains one network on sinusoids, in the folder `name` of the run.
+
+    Args:
+      config: of the experiment.
+      name: of the network, and of its folder.
+      net: the network.
+      show: what of a task the network sees.
+      inner_steps: of MAML; with 0 the network learns all tasks as one data set.
+      validate: chooses the best checkpoint by its `mse`; None takes the last.
+    """
+    uniform = jnp.full(inner_steps, 1 / max(1, inner_steps))
+    task_loss = maml_loss(
+        squared_error_loss(net.apply),
+        inner_optimizer=optax.sgd(config.inner_rate),
+        num_steps=inner_steps,
+        query_loss_weights=uniform if config.every_step and inner_steps else None,
+    )
+    grad_fn = data_parallel(
+        mean_over_tasks(gradients(task_loss)), devices=jax.devices()[: config.num_devices]
+    )
+    rate = config.outer_rate
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, config.steps) if config.cosine else rate)
+
+    def sample_one(key) -> Episode:
+        task = sample_sinusoid_task(
+            key, num_shots=config.num_shots, num_queries=config.num_queries
+        )
+        return show(task)
+
+    def sample(key, _) -> Episode:
+        return jax.vmap(sample_one)(task_keys(key, config.num_tasks))
+
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    inputs = sample_one(init_key).query[0]
+    return fit(
+        train_step(grad_fn, optimizer, sample),
+        init_state(net.init(init_key, inputs), optimizer, train_key),
+        (),
+        num_steps=config.steps,
+        run_dir=config.run_dir / name,
+        tasks_per_step=config.num_tasks,
+        validate=validate,
+        best_metric=("mse", "min"),
+        resume=config.resume,
+    )
+
+
+def sample_test_tasks(config: Config, seed: int, num_tasks: int) -> SinusoidTask:
+    """A batch of tasks with queries spread evenly over the inputs."""
+    sample = functools.partial(
+        sample_sinusoid_task,
+        num_shots=config.test_shots,
+        num_queries=TEST_QUERIES,
+        even_queries=True,
+    )
+    return jax.vmap(sample)(task_keys(jax.random.key(seed), num_tasks))
+
+
+@functools.partial(jax.jit, static_argnames=("net", "num_steps"))
+def predict(
+    net: MLP, params: Params, episode: Episode, rate: float, *, num_steps: int
+) -> Float[Array, "steps_and_1 queries 1"]:
+    """Answers to the queries of one task before adaptation and after each step of SGD."""
+    predict_fn = maml_predict(
+        squared_error_loss(net.apply),
+        lambda params, support, inputs: net.apply(params, inputs),
+        inner_optimizer=optax.sgd(rate),
+        num_steps=num_steps,
+        every_step=True,
+    )
+    return predict_fn(params, episode.support, episode.query[0], jax.random.key(0))
+
+
+@functools.partial(jax.jit, static_argnames=("net", "num_steps"))
+def squared_errors(
+    net: MLP, params: Params, episodes: Episode, rate: float, *, num_steps: int
+) -> Float[Array, "tasks steps_and_1"]:
+    """Mean squared error on the queries of each task, before adaptation and after each step."""
+
+    def of_task(episode: Episode):
+        predictions = predict(net, params, episode, rate, num_steps=num_steps)
+        return jnp.square(predictions - episode.query[1]).mean((1, 2))
+
+    errors = jax.lax.map(of_task, episodes, batch_size=50)
+    return jnp.where(jnp.isfinite(errors), errors, jnp.inf)
+
+
+def over_tasks(errors: Float[Array, "tasks steps_and_1"]) -> Curve:
+    """Mean and 95 % interval over tasks; both infinite after a step with which one diverged."""
+    per_task = np.asarray(errors, np.float64)
+    finite = np.isfinite(per_task).all(axis=0)
+    shown = np.where(finite, per_task, 0)
+    interval = 1.96 * shown.std(axis=0, ddof=1) / np.sqrt(len(per_task))
+    mean = np.where(finite, shown.mean(axis=0), np.inf)
+    return Curve(mean, np.where(finite, interval, np.inf), per_task)
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains the three networks, tests them, prints the table and draws the figure."""
+    net = MLP(config.hidden_sizes, 1)
+    validation = sample_test_tasks(config, VALIDATION_SEED, config.num_validation_tasks)
+    test = sample_test_tasks(config, TEST_SEED, config.num_test_tasks)
+
+    def evaluate(params: Params, tasks: SinusoidTask, rate: float) -> Curve:
+        errors = squared_errors(net, params, tasks.episode, rate, num_steps=config.test_steps)
+        return over_tasks(errors)
+
+    def validate(params: Params) -> dict[str, float]:
+        mean = evaluate(params, validation, config.inner_rate).mean
+        return {"mse_after_1": mean[1], "mse": mean[-1]}
+
+    def plain(task: SinusoidTask) -> Episode:
+        return task.episode
+
+    maml = train(config, "maml", net, plain, inner_steps=config.inner_steps, validate=validate)
+    pretrained = train(config, "pretrained", net, plain, inner_steps=0)
+    oracle = train(config, "oracle", net, oracle_episode, inner_steps=0)
+
+    pretrained_rate = min(
+        PRETRAINED_RATES,
+        key=lambda rate: evaluate(pretrained.best_params, validation, rate).mean[1:].mean(),
+    )
+    known = jax.vmap(oracle_episode)(test)
+    curves = {
+        "maml": evaluate(maml.best_params, test, config.inner_rate),
+        "pretrained": evaluate(pretrained.best_params, test, pretrained_rate),
+        "oracle": over_tasks(squared_errors(net, oracle.best_params, known, 0.0, num_steps=0)),
+    }
+    labels = {
+        "maml": f"MAML, rate {config.inner_rate:g}",
+        "pretrained": f"pretrained, best rate {pretrained_rate:g}",
+        "oracle": "oracle, not adapted",
+    }
+    show_table(config, curves, labels)
+    draw(config, net, maml.best_params, test, curves, labels)
+    return {
+        **{
+            f"{name}_{what}_after_{step}": float(values[step])
+            for name, curve in curves.items()
+            for what, values in (("mse", curve.mean), ("interval", curve.interval))
+            for step in range(len(values))
+        },
+        "maml_diverged": float((curves["maml"].per_task[:, -1] > DIVERGED).mean()),
+        "pretrained_rate": pretrained_rate,
+        "num_tasks": config.num_test_tasks,
+        "num_queries_per_task": TEST_QUERIES,
+        "best_step": maml.best_step,
+        "train_seconds": round(maml.train_seconds, 1),
+        "pretrained_train_seconds": round(pretrained.train_seconds, 1),
+        "oracle_train_seconds": round(oracle.train_seconds, 1),
+        "tasks_per_second": round(maml.steps_per_second * config.num_tasks, 1),
+    }
+
+
+def show_table(config: Config, curves: dict[str, Curve], labels: dict[str, str]) -> None:
+    """Prints mean squared errors and their 95 % intervals after some numbers of steps."""
+    table = rich.table.Table(
+        title=f"{config.test_shots}-shot mean squared error after so many gradient steps\n"
+        f"{config.num_test_tasks} test tasks, {TEST_QUERIES} queries each, ± 95 % interval",
+        box=rich.box.SIMPLE_HEAD,
+    )
+    columns = [step for step in COLUMNS if step <= config.test_steps]
+    table.add_column("network")
+    for step in columns:
+        table.add_column(str(step), justify="right")
+    for name, curve in curves.items():
+        steps = [step for step in columns if step < len(curve.mean)]
+        cells = [f"{curve.mean[step]:.3f} ± {curve.interval[step]:.3f}" for step in steps]
+        table.add_row(labels[name], *cells)
+    rich.console.Console().print(table)
+
+
+def draw(
+    config: Config,
+    net: MLP,
+    params: Params,
+    test: SinusoidTask,
+    curves: dict[str, Curve],
+    labels: dict[str, str],
+) -> None:
+    """Draws adaptation curves and, beside them, MAML on one test task, as `sinusoid.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    styles = {"maml": ("C2", "o-"), "pretrained": ("C0", "s--"), "oracle": ("C3", ":")}
+    for name, curve in curves.items():
+        colour, style = styles[name]
+        # The oracle does not adapt: one error for every number of steps.
+        mean, interval = (np.resize(x, config.test_steps + 1) for x in curve[:2])
+        steps = np.arange(config.test_steps + 1)
+        left.plot(steps, mean, style, color=colour, label=labels[name], markersize=4)
+        left.fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.25, lw=0)
+    left.set(
+        title=f"{config.num_test_tasks} test tasks, band: 95 % interval",
+        xlabel=f"gradient steps on {config.test_shots} points",
+        ylabel="mean squared error",
+        ylim=(0, None),
+    )
+    left.legend()
+
+    last_errors = curves["maml"].per_task[:, -1]
+    middle = int(np.argsort(last_errors)[len(last_errors) // 2])
+    task = jax.tree.map(lambda x: x[middle], test)
+    (support_x, support_y), (query_x, _) = task.episode
+    answers = predict(net, params, task.episode, config.inner_rate, num_steps=config.test_steps)
+    x = np.linspace(*INPUTS, 400)
+    right.plot(x, sinusoid(x, task.amplitude, task.phase), color="C3", label="true curve")
+    for step, style in ((0, ":"), (1, "--"), (config.test_steps, "-")):
+        label = "before adaptation" if step == 0 else f"after {step} step{'s' * (step > 1)}"
+        shade = 0.4 + 0.6 * step / config.test_steps
+        right.plot(query_x, answers[step], style, color="C2", alpha=shade, label=label)
+    right.plot(support_x, support_y, "k^", label=f"the {config.test_shots} points given")
+    right.set(title="MAML on the test task of median error", xlabel="x", ylabel="y")
+    right.legend(fontsize="small")
+    figure.savefig(config.run_dir / "sinusoid.png", dpi=120)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    program.run("sinusoid", main, PRESETS, default="default")

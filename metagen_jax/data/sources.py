@@ -1,0 +1,285 @@
+"""Image sets as one array: Omniglot, the embedded glyphs, any TFDS set of labelled pictures.
+
+`load_images` decodes a set once into one `uint8` array and caches that on disk, so that a second
+run has it in a fraction of a second, without TFDS. Nothing here needs TensorFlow.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import io
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metagen_jax.data.classes import (
+    FROZEN_SPLITS,
+    DataError,
+    LabelledImages,
+    frozen_classes,
+    select_classes,
+)
+from metagen_jax.data.glyphs import render_glyphs
+
+# TFDS's own splits of Omniglot are Lake's: they share the cached array with the others.
+_OMNIGLOT_SYNONYMS = {"train": "lake/trainval", "test": "lake/test"}
+
+# Part of every cache file's name: raise it when the same request gives other pixels or labels.
+_CACHE_FORMAT = 1
+_DECODE_CHUNK = 512
+_CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_INK_0_PAPER_255 = [0] + 255 * [255]
+
+Folder = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+
+
+def load_images(
+    name: str,
+    split: str,
+    *,
+    data_dir: Folder | None = None,
+    size: int | None = None,
+    cache_dir: Folder | None = None,
+    progress: Progress | None = None,
+) -> LabelledImages:
+    """Loads an image set with labels as one array.
+
+    `"omniglot"`: 20 drawings of each of 1623 characters, one channel, ink 0 and paper 255 (most
+    papers turn that round: ink 1, paper 0). Its splits by character are `vinyals/`, `lake/` and
+    `random1200/`, each with `train`, `val`, `trainval` (both) and `test`; TFDS's own `train` and
+    `test` are `lake/trainval` and `lake/test`.
+
+    `"glyphs"`: 20 pictures of each of 1338 printed letters, coloured alike, drawn on the spot
+    (`metagen_jax.data.glyphs`). Its splits by letter are `train`, `val`, `trainval`, `test`.
+
+    Any other name is a TFDS set with the features `image` (8 bits a channel, kept as they are) and
+    `label`, with `/config` and `:version` if need be; its splits are TFDS's, such as `"train"`,
+    `"train+test"`, `"train[:10%]"`.
+
+    Args:
+      name: of the data set.
+      split: of the data set.
+      data_dir: folder of prepared TFDS sets, by default `$TFDS_DATA_DIR`, `~/tensorflow_datasets`.
+      size: side in pixels of the square to which pictures are resized, by Pillow's Lanczos filter
+        (glyphs are drawn at that size, by default 28). The programs of MAML's and Prototypical
+        Networks' authors resize Omniglot by Pillow as well, but at 1 bit a pixel, where it takes
+        the nearest pixel whatever filter is named: their pictures are black and white, these have
+        grey edges.
+      cache_dir: where decoded arrays are kept, by default `$METAGEN_JAX_CACHE` or `metagen_jax` in
+        the user's cache folder. A cache that can't be read or written costs a warning.
+      progress: called with (done, total) while pictures are decoded; never if they are cached.
+
+    Returns:
+      The pictures in the order in which they are stored. `class_names` are all classes of the set,
+      or those of the split where it is one by class.
+
+    Raises:
+      DataError: a set, feature, split or package is missing; the message says what to do.
+    """
+    if size is not None and size < 1:
+        raise DataError(f"size is {size}; give the side in pixels, 1 or more")
+    base = name.partition(":")[0]
+    by_class = _OMNIGLOT_SYNONYMS.get(split, split) if base == "omniglot" else split
+    is_by_class = by_class in FROZEN_SPLITS.get(base, ())
+    cache = _cache_folder(cache_dir)
+    with _missing_package_named(name):
+        if base == "glyphs":
+            if not is_by_class:
+                raise _unknown_split(name, split, [])
+            data = _load_glyphs(size or 28, cache, progress)
+        else:
+            stored = "train+test" if is_by_class else split
+            data = _load_tfds(name, stored, data_dir, size, cache, progress)
+    return select_classes(data, frozen_classes(base, by_class)) if is_by_class else data
+
+
+def _load_glyphs(size: int, cache: Path, progress: Progress | None) -> LabelledImages:
+    names = frozen_classes("glyphs", "trainval") + frozen_classes("glyphs", "test")
+    versions = [importlib.metadata.version(package) for package in ("matplotlib", "pillow")]
+    key = _digest(*versions, *names)
+
+    def render() -> LabelledImages:
+        images = render_glyphs(names, size=size, progress=progress)
+        labels = np.repeat(np.arange(len(names), dtype=np.int32), images.shape[1])
+        return LabelledImages(images.reshape(-1, *images.shape[2:]), labels, names)
+
+    return _cached(cache / f"glyphs-{size}-{key}-v{_CACHE_FORMAT}.npz", render)
+
+
+def _load_tfds(
+    name: str,
+    split: str,
+    data_dir: Folder | None,
+    size: int | None,
+    cache: Path,
+    progress: Progress | None,
+) -> LabelledImages:
+    folder = _prepared_folder(name, data_dir)
+    # The files' names, sizes and descriptions tell two preparations of one version apart.
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    described = [file.read_bytes() for file in files if file.suffix in (".json", ".txt")]
+    key = _digest(split, *(f"{file.name} {file.stat().st_size}" for file in files), *described)
+    readable = re.sub(r"[^\w.+-]+", "_", f"{name.partition(':')[0]}-{folder.name}-{split}")
+    file = cache / f"{readable}-{size or 'full'}-{key}-v{_CACHE_FORMAT}.npz"
+    return _cached(file, lambda: _decode(folder, name, split, size, progress))
+
+
+def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
+    """The folder of a set's newest version, or of the version in its name, as TFDS lays it out."""
+    root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    if not root.is_dir():
+        raise DataError(
+            f"data_dir {root} does not exist; name a folder of prepared TFDS sets by data_dir "
+            "(--data-dir) or TFDS_DATA_DIR"
+        )
+    base, _, version = name.partition(":")
+    prepared = [info.parent for info in (root / base).glob("*/dataset_info.json")]
+    versions = {
+        tuple(map(int, folder.name.split("."))): folder
+        for folder in prepared
+        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name) and version in ("", folder.name)
+    }
+    if not versions:
+        infos = [*root.glob("*/*/dataset_info.json"), *root.glob("*/*/*/dataset_info.json")]
+        found = sorted({info.parent.parent.relative_to(root).as_posix() for info in infos})
+        listed = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+        raise DataError(
+            f"{name!r} is not in data_dir {root}, which holds {listed or 'no data set'}; give "
+            "another data_dir (--data-dir), or prepare it once where there is internet: pip "
+            'install tensorflow-cpu && python -c "import tensorflow_datasets as tfds; '
+            f"tfds.data_source('{base}', data_dir='{root}')\""
+        )
+    return versions[max(versions)]
+
+
+def _decode(
+    folder: Path, name: str, split: str, size: int | None, progress: Progress | None
+) -> LabelledImages:
+    import tensorflow_datasets as tfds
+
+    builder: Any = tfds.builder_from_directory(folder)
+    features: dict[str, Any] = dict(builder.info.features.items())
+    image, label = features.get("image"), features.get("label")
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.np_dtype != np.uint8
+        or not isinstance(label, tfds.features.ClassLabel)
+    ):
+        raise DataError(
+            f"{name!r} has the features {', '.join(sorted(features))}; load_images needs an 8-bit "
+            "picture 'image' and a class 'label'"
+        )
+    shape: Any = image.shape
+    height, width = shape[:2] if size is None else (size, size)
+    if height is None or width is None:
+        raise DataError(f"the pictures of {name!r} differ in size; give size, in pixels a side")
+    is_omniglot = name.partition(":")[0] == "omniglot"
+    channels = 1 if is_omniglot else shape[2]
+
+    source = _encoded_pictures(builder, name, split)
+    images = np.empty((len(source), height, width, channels), np.uint8)
+    labels = np.empty(len(source), np.int32)
+    for start in range(0, len(source), _DECODE_CHUNK):
+        stop = min(start + _DECODE_CHUNK, len(source))
+        for index, example in enumerate(source.__getitems__(list(range(start, stop))), start):
+            pixels = _pixels(example["image"], channels, size, binarize=is_omniglot)
+            images[index] = pixels.reshape(height, width, channels)
+            labels[index] = example["label"]
+        if progress is not None:
+            progress(stop, len(source))
+    if labels.min() < 0:
+        raise DataError(f"split {split!r} of {name!r} has pictures without label; give another")
+    return LabelledImages(images, labels, tuple(label.names))
+
+
+def _encoded_pictures(builder: Any, name: str, split: str) -> Any:
+    """The examples of a split, their pictures still in the format of the file."""
+    import tensorflow_datasets as tfds
+
+    try:
+        num_examples = builder.info.splits[split].num_examples
+    except (KeyError, ValueError):
+        raise _unknown_split(name, split, list(builder.info.splits)) from None
+    if not num_examples:
+        raise DataError(f"split {split!r} of {name!r} has no pictures; give a larger one")
+    try:
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        return builder.as_data_source(split=split, decoders=decoders)
+    except NotImplementedError:
+        raise DataError(
+            f"{name!r} is prepared as {builder.info.file_format.value} in {builder.data_dir}, "
+            "which only TensorFlow reads; prepare it in another data_dir by tfds.data_source"
+        ) from None
+
+
+def _pixels(encoded: bytes, channels: int, size: int | None, *, binarize: bool) -> np.ndarray:
+    """One picture, decoded by Pillow: TFDS's two decoders disagree on the values of 1-bit ones."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(encoded)) as file:
+        picture = file.convert(_CHANNEL_MODES[channels])
+    if binarize:
+        picture = picture.point(_INK_0_PAPER_255)
+    if size is not None:
+        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(picture)
+
+
+def _unknown_split(name: str, split: str, tfds_splits: list[str]) -> DataError:
+    known = ", ".join([*tfds_splits, *FROZEN_SPLITS.get(name.partition(":")[0], ())])
+    return DataError(f"{name!r} has no split {split!r}; give one of {known}")
+
+
+@contextlib.contextmanager
+def _missing_package_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        packages = {"PIL": "pillow", "tensorflow_datasets": "tensorflow-datasets"}
+        module = str(error.name).partition(".")[0]
+        package = packages.get(module, module)
+        raise DataError(
+            f"{name!r} can't be loaded without the package {package}; pip install {package}"
+        ) from None
+
+
+def _digest(*parts: str | bytes) -> str:
+    encoded = (part.encode() if isinstance(part, str) else part for part in parts)
+    return hashlib.sha256(b"\0".join(encoded)).hexdigest()[:12]
+
+
+def _cache_folder(cache_dir: Folder | None) -> Path:
+    if folder := cache_dir or os.environ.get("METAGEN_JAX_CACHE"):
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metagen_jax"
+
+
+def _cached(file: Path, make: Callable[[], LabelledImages]) -> LabelledImages:
+    """What `file` holds, or else what `make` gives, written to `file` all at once or not at all."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            names = tuple(arrays["class_names"].tolist())
+            return LabelledImages(arrays["images"], arrays["labels"], names)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        warnings.warn(f"rebuilding the cache {file}, unreadable: {error}", stacklevel=4)
+    data = make()
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            np.savez(stream, **data._asdict())
+        os.replace(partial, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        warnings.warn(f"not cached, so to be decoded again next time: {error}", stacklevel=4)
+    return data

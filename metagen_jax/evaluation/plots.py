@@ -1,0 +1,381 @@
+"""Pictures of a run: its learning curve, a test episode, accuracy against steps of adaptation.
+
+Matplotlib is imported when a picture is drawn, and used without pyplot: no window, no global state.
+Pictures are made to be read at a width of about 900 pixels.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from metagen_jax.evaluation.few_shot import Accuracy
+from metagen_jax.types import Episode
+
+# Okabe and Ito's palette, which the colour-blind tell apart; the greys are for what stands aside.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_TRAINING, _VALIDATION = "#0072B2", "#D55E00"
+_RIGHT, _WRONG = "#009E73", "#C8102E"
+_TEXT, _QUIET, _RULE = "#222222", "#666666", "#DDDDDD"
+_DOTS_PER_INCH = 150
+
+# Lengths of an episode's picture, in inches.
+_MARGIN, _TOP, _CELL, _GAP = 0.25, 0.86, 0.7, 0.04
+_NUM_COLUMNS = 11
+
+File = str | os.PathLike[str]
+
+
+def plot_learning_curve(
+    records: Iterable[Mapping[str, Any]],
+    path: File,
+    *,
+    title: str = "Learning curve",
+    loss_label: str = "Loss",
+    accuracy_label: str = "Accuracy (%)",
+) -> None:
+    """Training and validation against steps: a panel for the loss, one for the accuracy.
+
+    Training is drawn as logged, faintly, and as its moving average over a 25th of the run;
+    validation as points, the best of them named. A panel without records is left out.
+
+    Args:
+      records: lines of `metrics.jsonl`: `{"step": 100, "loss": 0.7, "accuracy": 0.8}` of training,
+        `{"step": 100, "validation_accuracy": 0.75}` of validation. Accuracies are fractions.
+      path: the picture to write; its suffix is the format.
+      title: of the picture.
+      loss_label: of the panel of `loss`; name the unit.
+      accuracy_label: of the panel of `accuracy`.
+
+    Raises:
+      ValueError: if no record has a loss or an accuracy.
+    """
+    records = list(records)
+    panels = []
+    for name, label, scale in (("loss", loss_label, 1), ("accuracy", accuracy_label, 100)):
+        training = _series(records, name, scale)
+        validation = _series(records, f"validation_{name}", scale)
+        if training.size or validation.size:
+            panels.append((name, label, training, validation))
+    if not panels:
+        raise ValueError(
+            f"none of the {len(records)} records has a loss or an accuracy; give the lines of a "
+            "run's metrics.jsonl"
+        )
+    figure = _new_figure(9.0 if len(panels) > 1 else 6.5, 3.6, title)
+    for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
+        _draw_learning_curve(axes, *panel)
+    figure.savefig(path, dpi=_DOTS_PER_INCH)
+
+
+def plot_adaptation(
+    curves: Mapping[str, Accuracy],
+    path: File,
+    *,
+    title: str = "Accuracy on test episodes",
+    chance: float | None = None,
+) -> None:
+    """Accuracy against the number of steps on the support set, with 95 % intervals.
+
+    Args:
+      curves: accuracies by the name of the learner, after 0, 1, 2, ... steps; one without an axis
+        of steps, which does not adapt, is drawn as a level.
+      path: the picture to write; its suffix is the format.
+      title: of the picture.
+      chance: the accuracy of guessing, drawn as a dotted line.
+
+    Raises:
+      ValueError: if there are no curves.
+    """
+    if not curves:
+        raise ValueError("curves is empty; give at least one Accuracy by its name")
+    figure = _new_figure(9.0, 4.2, title)
+    axes = figure.subplots()
+    last = max([np.size(a.mean) - 1 for a in curves.values() if np.ndim(a.mean)] or [1])
+    labels = []
+    for i, (name, accuracy) in enumerate(curves.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        mean, interval = 100 * np.asarray(accuracy.mean), 100 * np.asarray(accuracy.interval)
+        if mean.ndim:
+            axes.errorbar(
+                range(len(mean)), mean, interval, color=colour, marker="o", ms=4, capsize=3
+            )
+        else:
+            axes.axhspan(mean - interval, mean + interval, color=colour, alpha=0.15, lw=0)
+            axes.axhline(mean, color=colour, ls="--")
+        end, width = mean.reshape(-1)[-1], interval.reshape(-1)[-1]
+        labels.append((float(end), f"{name}  {end:.1f} ± {width:.1f} %", colour))
+    if chance is not None:
+        axes.axhline(100 * chance, color=_QUIET, ls=":")
+        labels.append((100 * chance, f"guessing  {100 * chance:.0f} %", _QUIET))
+    axes.set_xlim(-0.1, last + 0.1)
+    axes.set_xticks(range(0, last + 1, math.ceil(last / 10) or 1))
+    _finish(
+        axes,
+        "steps on the support set (0: before adaptation)",
+        "Accuracy (%), mean over tasks with 95 % interval",
+    )
+    _label_right(axes, labels)
+    figure.savefig(path, dpi=_DOTS_PER_INCH)
+
+
+def plot_episode(
+    episode: Episode,
+    predicted: Int[np.ndarray, " queries"],
+    path: File,
+    *,
+    class_names: Sequence[str] | None = None,
+    what: str = "classes never seen in training",
+    ink: Literal["low", "high"] = "low",
+    max_classes: int = 10,
+    max_shots: int = 5,
+) -> None:
+    """A test episode: a row for each class, its support examples, then its queries.
+
+    Queries answered right have a green frame; the others a red one and the words "predicted
+    B, is A". The title counts all queries; what is not drawn is said below.
+
+    Args:
+      episode: `((images, labels), (images, labels))`, images `(n, h, w, 1 or 3)` as bytes or as
+        floats, labels 0..ways-1.
+      predicted: the predicted labels of the queries.
+      path: the picture to write; its suffix is the format.
+      class_names: of the labels; None calls them A, B, C, ...
+      what: the classes are, for the title.
+      ink: whether ink is the low or the high value of one-channel images; it is drawn dark.
+      max_classes: rows to draw.
+      max_shots: support examples of a class to draw; queries take the rest of the 11 columns.
+
+    Raises:
+      ValueError: if there is not one prediction for each query.
+    """
+    (images, labels), (queries, query_labels) = (map(np.asarray, part) for part in episode)
+    predicted = np.asarray(predicted)
+    if predicted.shape != query_labels.shape:
+        raise ValueError(
+            f"predicted has shape {predicted.shape} for {len(query_labels)} queries; give the "
+            f"predicted label of each, shape ({len(query_labels)},)"
+        )
+    names = _names(class_names, num_ways=1 + int(max(labels.max(), predicted.max())))
+    rows = _choose_rows(labels, query_labels, max_classes, max_shots)
+    errors = {
+        i: f"predicted {_shorten(names[predicted[i]], 9)}\nis {_shorten(names[row.label], 15)}"
+        for row in rows
+        for i in row.queries
+        if predicted[i] != row.label
+    }
+    num_right = (predicted == query_labels).sum()
+    title = f"{_kind(labels)} episode of {what}: {num_right} of {len(predicted)} right"
+    grid = _Grid(
+        support_left=_MARGIN + max(0.35, 0.13 * max(len(_shorten(names[r.label])) for r in rows)),
+        num_support=max(len(row.support) for row in rows),
+        num_queries=max(len(row.queries) for row in rows),
+    )
+    heights = [_CELL + (0.3 if errors.keys() & row.queries else 0.04) for row in rows]
+    note = _what_is_drawn(rows, labels, query_labels)
+    height = _TOP + sum(heights) + (0.35 if note else 0.15)
+    figure = _new_figure(max(grid.width, 0.115 * len(title)), height)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, figure.get_figwidth()), ylim=(height, 0))
+    axes.axis("off")
+    _write(axes, _MARGIN, 0.3, title, size=12, weight="bold")
+    _write(axes, grid.support_left, 0.7, "learns from", color=_QUIET)
+    asked = "is then asked to name (green frame: right, red frame: wrong)"
+    _write(axes, grid.query_left, 0.7, asked, color=_QUIET)
+    pictures = _to_pictures([images, queries], ink)
+    for row, top in zip(rows, _TOP + np.cumsum([0.0, *heights]), strict=False):
+        _write(axes, _MARGIN, top + _CELL / 2, _shorten(names[row.label]), size=11, weight="bold")
+        _draw_row(axes, row, float(top), grid, *pictures, errors)
+    _write(axes, _MARGIN, height - 0.2, note, color=_QUIET)
+    figure.savefig(path, dpi=_DOTS_PER_INCH)
+
+
+class _Row(NamedTuple):
+    """A class, and which of its examples are drawn."""
+
+    label: int
+    support: list[int]
+    queries: list[int]
+
+
+class _Grid(NamedTuple):
+    """Where an episode's pictures stand, in inches from the left."""
+
+    support_left: float
+    num_support: int
+    num_queries: int
+
+    @property
+    def query_left(self) -> float:
+        return self.support_left + self.num_support * _CELL + 0.35
+
+    @property
+    def width(self) -> float:
+        return self.query_left + self.num_queries * _CELL + _MARGIN
+
+
+def _choose_rows(
+    labels: np.ndarray, query_labels: np.ndarray, max_classes: int, max_shots: int
+) -> list[_Row]:
+    rows = []
+    for label in np.unique(labels)[:max_classes]:
+        support = np.flatnonzero(labels == label)[:max_shots].tolist()
+        queries = np.flatnonzero(query_labels == label)[: _NUM_COLUMNS - len(support)].tolist()
+        rows.append(_Row(int(label), support, queries))
+    return rows
+
+
+def _what_is_drawn(rows: list[_Row], labels: np.ndarray, query_labels: np.ndarray) -> str:
+    """Which part of the episode the picture shows; empty if all of it."""
+    parts = []
+    if len(rows) < len(np.unique(labels)):
+        parts.append(f"the first {len(rows)} of {len(np.unique(labels))} classes")
+    for field, name, of in (
+        ("support", "support examples", labels),
+        ("queries", "queries", query_labels),
+    ):
+        drawn = [len(getattr(row, field)) for row in rows]
+        total = [(of == row.label).sum() for row in rows]
+        if sum(drawn) < sum(total):
+            parts.append(f"{max(drawn)} of {max(total)} {name} of each class")
+    return f"Drawn: {', '.join(parts)}." if parts else ""
+
+
+def _kind(labels: np.ndarray) -> str:
+    """Such as "5-way 1-shot"."""
+    counts = np.unique(labels, return_counts=True)[1]
+    low, high = counts.min(), counts.max()
+    return f"{len(counts)}-way {low if low == high else f'{low}-to-{high}'}-shot"
+
+
+def _draw_row(axes, row: _Row, top: float, grid: _Grid, images, queries, errors) -> None:
+    for column, i in enumerate(row.support):
+        _draw_picture(axes, images[i], grid.support_left + column * _CELL, top, _QUIET, 0.8)
+    for column, i in enumerate(row.queries):
+        left = grid.query_left + column * _CELL
+        if i not in errors:
+            _draw_picture(axes, queries[i], left, top, _RIGHT, 1.5)
+            continue
+        _draw_picture(axes, queries[i], left, top, _WRONG, 3.0)
+        _write(axes, left + _GAP, top + _CELL + 0.1, errors[i], size=7.5, color=_WRONG)
+
+
+def _draw_picture(axes, image: np.ndarray, left: float, top: float, colour: str, line: float):
+    box = (left + _GAP, left + _CELL - _GAP, top + _CELL - _GAP, top + _GAP)
+    limits = dict(xlim=axes.get_xlim(), ylim=axes.get_ylim())
+    axes.imshow(image, extent=box, aspect="auto")
+    axes.set(**limits)
+    xs, ys = (box[i] for i in (0, 1, 1, 0, 0)), (box[i] for i in (2, 2, 3, 3, 2))
+    axes.plot([*xs], [*ys], color=colour, lw=line, solid_joinstyle="miter")
+
+
+def _to_pictures(sets: list[np.ndarray], ink: str) -> list[np.ndarray]:
+    """Images of any range as floats `(n, h, w, 3)` in [0, 1], with ink dark."""
+    low, high = min(x.min() for x in sets), max(x.max() for x in sets)
+    if sets[0].dtype == np.uint8:
+        low, high = 0, 255
+    elif low >= 0 and high <= 1:
+        low, high = 0, 1
+    pictures = [(x.astype(np.float32) - low) / max(high - low, 1e-12) for x in sets]
+    if sets[0].shape[-1] == 3:
+        return pictures
+    return [np.repeat(1 - x if ink == "high" else x, 3, axis=-1) for x in pictures]
+
+
+def _names(class_names: Sequence[str] | None, num_ways: int) -> list[str]:
+    if class_names is not None:
+        return list(class_names)
+    return [chr(ord("A") + i) if num_ways <= 26 else str(i + 1) for i in range(num_ways)]
+
+
+def _shorten(name: str, length: int = 12) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def _series(records: Iterable[Mapping[str, Any]], name: str, scale: float) -> np.ndarray:
+    """The steps and values, `(2, n)`, of the records that have them."""
+    pairs = [(r["step"], scale * r[name]) for r in records if r.get(name) is not None]
+    return np.array(pairs, float).reshape(-1, 2).T
+
+
+def _draw_learning_curve(axes, name: str, label: str, training, validation) -> None:
+    labels = []
+    if training.size:
+        steps, values = training
+        smooth = moving_average(values, len(values) // 25)
+        axes.plot(steps, values, color=_TRAINING, alpha=0.2, lw=0.8)
+        axes.plot(steps, smooth, color=_TRAINING, lw=1.8)
+        labels.append((smooth[-1], "training\n(smoothed)", _TRAINING))
+    if validation.size:
+        steps, values = validation
+        axes.plot(steps, values, color=_VALIDATION, marker="o", ms=3.5, lw=1.2)
+        best = values.argmax() if name == "accuracy" else values.argmin()
+        axes.plot(steps[best], values[best], "o", ms=9, mfc="none", color=_VALIDATION)
+        figure = f"{values[best]:.1f} %" if name == "accuracy" else f"{values[best]:.3g}"
+        labels.append((values[-1], f"validation\nbest {figure}", _VALIDATION))
+    _finish(axes, "training steps", label)
+    _label_right(axes, labels)
+
+
+def moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, " n"]:
+    """The mean of the values within `width // 2` places, fewer at the ends."""
+    window = np.ones(2 * (width // 2) + 1)
+
+    def total(x):
+        return np.convolve(x, window)[width // 2 :][: len(x)]
+
+    return total(values) / total(np.ones(len(values)))
+
+
+def _new_figure(width: float, height: float, title: str | None = None):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), facecolor="white", layout=title and "constrained")
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=_TEXT)
+        figure.get_layout_engine().set(h_pad=0.1)
+    return figure
+
+
+def _finish(axes, x_label: str, y_label: str) -> None:
+    axes.set_xlabel(x_label, color=_TEXT)
+    axes.set_title(y_label, loc="left", size=10, color=_TEXT)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_QUIET)
+    axes.tick_params(colors=_QUIET)
+    axes.grid(axis="y", color=_RULE, lw=0.7)
+    axes.set_axisbelow(True)
+
+
+def _label_right(axes, labels: list[tuple[float, str, str]]) -> None:
+    """Names lines at the right of the panel, at the height of their ends, not over one another."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high)
+    labels = sorted(labels)
+    line = 0.065 * (high - low)
+    halves = [line * (1 + text.count("\n")) / 2 for _, text, _ in labels]
+    centres = [y for y, _, _ in labels]
+    for i in range(1, len(labels)):  # Upwards, until none overlaps the one below ...
+        centres[i] = max(centres[i], centres[i - 1] + halves[i - 1] + halves[i])
+    ceiling = high + line
+    for i in reversed(range(len(labels))):  # ... and down again from the panel's top.
+        centres[i] = min(centres[i], ceiling - halves[i])
+        ceiling = centres[i] - halves[i]
+    for centre, (_, text, colour) in zip(centres, labels, strict=True):
+        axes.annotate(
+            text,
+            xy=(1, centre),
+            xycoords=("axes fraction", "data"),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            size=9,
+            color=colour,
+            annotation_clip=False,
+        )
+
+
+def _write(axes, x: float, y: float, text: str, *, size: float = 9.5, color=_TEXT, **style) -> None:
+    axes.text(x, y, text, size=size, color=color, va="center_baseline", linespacing=1.1, **style)

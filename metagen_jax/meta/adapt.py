@@ -1,0 +1,131 @@
+"""The inner loop: adapt parameters to one task by a few steps of any optax optimiser."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagen_jax.types import Batch, GradFn, Metrics, Params, PRNGKey, Trainable
+
+Gradient = Literal["reverse", "first_order"]
+"""How the outer gradient passes the inner steps: all of it, or without second derivatives."""
+
+BatchAt = Callable[[Batch, jax.Array, PRNGKey], Batch]
+"""`batch_at(support, step, key)`: the mini-batch of one inner step."""
+
+
+class Adapted(NamedTuple):
+    """What the inner loop gives.
+
+    Attributes:
+      params: the parameters after the last step.
+      metrics: the metrics of `grad_fn` before each step, with a leading axis of `num_steps`.
+      trajectory: if asked for, the parameters before the first and after each step, with a leading
+        axis of `num_steps + 1`; otherwise None.
+    """
+
+    params: Params
+    metrics: Metrics
+    trajectory: Params | None
+
+
+def adapt(
+    grad_fn: GradFn,
+    params: Params,
+    support: Batch,
+    key: PRNGKey,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    gradient: Gradient = "reverse",
+    trainable: Trainable | None = None,
+    batch_at: BatchAt | None = None,
+    trajectory: bool = False,
+) -> Adapted:
+    """Adapts parameters to a support set by `num_steps` steps of an optimiser.
+
+    `theta_{i+1} = theta_i + U(grad_fn(theta_i, support_i, key_i))`, U the optimiser's update, its
+    state new for each task. The whole is differentiable in `params`, `support` and whatever
+    `grad_fn` and `optimizer` close over.
+
+    Args:
+      grad_fn: the direction of one step, most often `gradients(loss_fn)`.
+      params: the initialisation theta_0.
+      support: the examples of one task, any pytree of arrays.
+      key: step `i` gets `fold_in(key, i)`.
+      optimizer: any optax transformation; the module's table says which are safe to differentiate
+        through.
+      num_steps: how many steps; 0 gives `params` back.
+      gradient: "reverse" differentiates through the inner gradients, "first_order" takes them for
+        constants (Finn et al. 2017, section 5.2).
+      trainable: which leaves move, by path (`"params/head/kernel"`); None moves all. ANIL moves the
+        head (Raghu et al. 2020), BOIL all but the head (Oh et al. 2021).
+      batch_at: `(support, i, key) -> batch`, the mini-batch of step `i`; None takes all of it.
+      trajectory: also return the parameters of every step.
+
+    Returns:
+      The adapted parameters, the metrics of each step and, if asked for, the trajectory.
+
+    Raises:
+      ValueError: for a negative `num_steps`, an unknown `gradient` or a `trainable` that chooses
+        no leaf.
+    """
+    if num_steps < 0:
+        raise ValueError(f"num_steps is {num_steps}; give 0 or more inner steps")
+    if gradient not in ("reverse", "first_order"):
+        raise ValueError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
+    moving, fixed = _split(params, trainable)
+
+    def step(carry, i):
+        moving, state = carry
+        batch_key, grad_key = jax.random.split(jax.random.fold_in(key, i))
+        batch = support if batch_at is None else batch_at(support, i, batch_key)
+        direction, metrics = grad_fn(_join(moving, fixed), batch, grad_key)
+        if gradient == "first_order":
+            direction = jax.lax.stop_gradient(direction)
+        updates, state = optimizer.update(_like(moving, direction), state, moving)
+        moved = optax.apply_updates(moving, updates)
+        return (moved, state), (metrics, moved if trajectory else None)
+
+    start = (moving, optimizer.init(moving))
+    (moving_end, _), (metrics, path) = jax.lax.scan(step, start, jnp.arange(num_steps))
+    states = None
+    if trajectory:
+        path = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), moving, path)
+        repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps + 1, *x.shape)), fixed)
+        states = _join(path, repeated)
+    return Adapted(_join(moving_end, fixed), metrics, states)
+
+
+def _split(params: Params, trainable: Trainable | None) -> tuple[Params, Params]:
+    """The leaves that move and those that don't, each with None in the places of the other."""
+    if trainable is None:
+        return params, jax.tree.map(lambda _: None, params)
+
+    def chosen(path) -> bool:
+        return trainable(jax.tree_util.keystr(path, simple=True, separator="/"))
+
+    moving = jax.tree_util.tree_map_with_path(lambda p, x: x if chosen(p) else None, params)
+    if not jax.tree.leaves(moving):
+        paths = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        raise ValueError(f"trainable chooses none of the parameters; it was asked about {paths}")
+    return moving, jax.tree_util.tree_map_with_path(lambda p, x: None if chosen(p) else x, params)
+
+
+def _join(moving: Params, fixed: Params) -> Params:
+    """The inverse of `_split`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, moving, fixed, is_leaf=_is_none)
+
+
+def _like(moving: Params, tree: Params) -> Params:
+    """`tree` with None wherever `moving` has None."""
+    return jax.tree.map(lambda a, b: None if a is None else b, moving, tree, is_leaf=_is_none)
+
+
+def _is_none(x) -> bool:
+    return x is None

@@ -1,0 +1,128 @@
+"""Model-agnostic meta-learning: an initialisation from which a few steps suffice.
+
+Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, 2017.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from metagen_jax.gradients import gradients
+from metagen_jax.meta.adapt import BatchAt, Gradient, adapt
+from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey, Trainable
+
+
+def maml_loss(
+    loss_fn: LossFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int,
+    gradient: Gradient = "reverse",
+    trainable: Trainable | None = None,
+    query_loss_weights: Float[Array, " steps"] | None = None,
+    batch_at: BatchAt | None = None,
+) -> LossFn:
+    """The query loss after adaptation to the support set, as a loss over one `Episode`.
+
+    `L(theta) = loss_fn(theta_K, query)`, `theta_{i+1} = theta_i - alpha grad loss_fn(theta_i,
+    support)` for plain SGD: equation 1 of Finn et al. 2017. With weights w of the steps
+    it is `sum_i w_i loss_fn(theta_i, query)`, i = 1..K, the multi-step loss of MAML++ (Antoniou et
+    al. 2019, equation 2).
+
+    Args:
+      loss_fn: the loss of support and of query, each any pytree.
+      inner_optimizer: any optax transformation; `metagen_jax.meta.adapt` says which are safe.
+      num_steps: inner steps K; 0 gives the plain loss on the query.
+      gradient: "reverse" for the exact meta-gradient, "first_order" for FOMAML.
+      trainable: which leaves the inner loop moves, by path; None moves all.
+      query_loss_weights: `(num_steps,)`, the weight of the query loss after each step.
+      batch_at: mini-batches for the inner steps; see `adapt`.
+
+    Returns:
+      A `LossFn` over `Episode(support, query)` whose metrics are those of `loss_fn` on the query
+      after the last step.
+
+    Raises:
+      ValueError: if `query_loss_weights` has not one weight a step.
+    """
+    grad_fn = gradients(loss_fn)
+    weights = None if query_loss_weights is None else jnp.asarray(query_loss_weights)
+    if weights is not None and weights.shape != (num_steps,):
+        raise ValueError(
+            f"query_loss_weights has shape {weights.shape}; give one weight for each of the "
+            f"{num_steps} inner steps, shape ({num_steps},)"
+        )
+
+    def episode_loss(params: Params, episode: Episode, key: PRNGKey) -> tuple[Array, Metrics]:
+        adapt_key, query_key = jax.random.split(key)
+        adapted = adapt(
+            grad_fn,
+            params,
+            episode.support,
+            adapt_key,
+            optimizer=inner_optimizer,
+            num_steps=num_steps,
+            gradient=gradient,
+            trainable=trainable,
+            batch_at=batch_at,
+            trajectory=weights is not None,
+        )
+        if weights is None:
+            return loss_fn(adapted.params, episode.query, query_key)
+        after_each_step = jax.tree.map(lambda x: x[1:], adapted.trajectory)
+        losses, metrics = jax.vmap(loss_fn, in_axes=(0, None, None))(
+            after_each_step, episode.query, query_key
+        )
+        return weights @ losses, jax.tree.map(lambda x: x[-1], metrics)
+
+    return episode_loss
+
+
+def maml_predict(
+    loss_fn: LossFn,
+    predict_fn: Callable[[Params, Batch, PyTree], PyTree],
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int,
+    trainable: Trainable | None = None,
+    batch_at: BatchAt | None = None,
+    every_step: bool = False,
+) -> PredictFn:
+    """Predictions for new inputs after adaptation to a support set.
+
+    Args:
+      loss_fn: the loss to adapt by.
+      predict_fn: `(adapted params, support, inputs) -> predictions`. It sees the support set so
+        that it may take normalisation statistics from it.
+      inner_optimizer: as in `maml_loss`.
+      num_steps: inner steps; may differ from training.
+      trainable: which leaves the inner loop moves, by path; None moves all.
+      batch_at: mini-batches for the inner steps; see `adapt`.
+      every_step: predict with the parameters before the first and after each step; predictions
+        then have a leading axis of `num_steps + 1`.
+
+    Returns:
+      `predict(params, support, inputs, key) -> predictions`.
+    """
+    grad_fn = gradients(loss_fn)
+
+    def predict(params: Params, support: Batch, inputs: PyTree, key: PRNGKey) -> PyTree:
+        adapted = adapt(
+            grad_fn,
+            params,
+            support,
+            key,
+            optimizer=inner_optimizer,
+            num_steps=num_steps,
+            trainable=trainable,
+            batch_at=batch_at,
+            trajectory=every_step,
+        )
+        if every_step:
+            return jax.lax.map(lambda p: predict_fn(p, support, inputs), adapted.trajectory)
+        return predict_fn(adapted.params, support, inputs)
+
+    return predict

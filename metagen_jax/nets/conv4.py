@@ -1,0 +1,96 @@
+"""The four-block convolutional net of few-shot learning."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from metagen_jax.nets.convolution import Conv, max_pool_2x2
+
+Norm = Literal["batch", "group", "layer", "none"]
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation by the current batch, without running averages.
+
+    `y = scale (x - mean) / sqrt(var + epsilon) + bias`, mean and variance per channel over
+    examples and positions. Nothing is remembered between calls: the statistics are those of the
+    batch at hand (*transductive* when that is a query set), or, with `num_reference`, of its first
+    examples alone, so that the others are normalised independently of one another.
+
+    Attributes:
+      epsilon: added to the variance.
+    """
+
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "n *positions c"], num_reference: int | None = None
+    ) -> Float[Array, "n *positions c"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        reference = x[:num_reference]
+        axes = tuple(range(x.ndim - 1))
+        mean = reference.mean(axes)
+        variance = jnp.square(reference - mean).mean(axes)
+        return (x - mean) * (scale * jax.lax.rsqrt(variance + self.epsilon)) + bias
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3x3 convolution, normalisation and ReLU, then a linear head.
+
+    Strided, each block halves the image by its convolution and the head sees the mean over
+    positions: the net of MAML's Omniglot experiments (Finn et al. 2017, section 5.2). Otherwise
+    each block ends in a 2x2 max-pool and the head sees all positions: that of Vinyals et al. 2016.
+
+    Attributes:
+      num_outputs: outputs of the head; None gives the features before it.
+      num_filters: channels of each block.
+      strided: stride 2 in place of max-pooling.
+      norm: "batch" (statistics of the current batch), "group" (8 groups), "layer" or "none".
+    """
+
+    num_outputs: int | None
+    num_filters: int = 64
+    strided: bool = True
+    norm: Norm = "batch"
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "n h w c"], num_reference: int | None = None
+    ) -> Float[Array, "n outputs"]:
+        """Logits (or features) of images.
+
+        Args:
+          images: `(n, h, w, c)`, at least 16 pixels a side when max-pooled.
+          num_reference: with norm "batch", take statistics from the first so many images only.
+
+        Returns:
+          `(n, num_outputs)`, or `(n, features)` where `num_outputs` is None.
+        """
+        x = images
+        for block in range(4):
+            strides = (2, 2) if self.strided else (1, 1)
+            x = Conv(self.num_filters, strides=strides, name=f"conv{block}")(x)
+            x = self._normalise(x, num_reference, block)
+            x = nn.relu(x)
+            if not self.strided:
+                x = max_pool_2x2(x)
+        x = x.mean((1, 2)) if self.strided else x.reshape(len(x), -1)
+        if self.num_outputs is None:
+            return x
+        return nn.Dense(self.num_outputs, name="head")(x)
+
+    def _normalise(self, x, num_reference: int | None, block: int):
+        name = f"norm{block}"
+        if self.norm == "batch":
+            return BatchNorm(name=name)(x, num_reference)
+        if self.norm == "group":
+            return nn.GroupNorm(num_groups=8, name=name)(x)
+        if self.norm == "layer":
+            return nn.LayerNorm(reduction_axes=(1, 2, 3), name=name)(x)
+        return x

@@ -1,0 +1,35 @@
+"""The multilayer perceptron."""
+
+from collections.abc import Callable, Sequence
+
+from flax import linen as nn
+from flax.linen.initializers import Initializer
+from jaxtyping import Array, Float
+
+
+class MLP(nn.Module):
+    """Dense layers, an activation after each but the last.
+
+    `h_0 = x`, `h_i = activation(h_{i-1} W_i + b_i)`, `y = h_L W + b`.
+
+    Attributes:
+      hidden_sizes: units of each hidden layer, named `hidden0`, `hidden1`, ...; none gives a linear
+        map.
+      num_outputs: units of the last layer, `head`; None gives the features before it.
+      activation: any elementwise function.
+      kernel_init: of all kernels; biases start at zero.
+    """
+
+    hidden_sizes: Sequence[int]
+    num_outputs: int | None
+    activation: Callable[[Array], Array] = nn.relu
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        """Outputs `(*batch, num_outputs)` for inputs `(*batch, inputs)`."""
+        for i, size in enumerate(self.hidden_sizes):
+            x = self.activation(nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(x))
+        if self.num_outputs is None:
+            return x
+        return nn.Dense(self.num_outputs, kernel_init=self.kernel_init, name="head")(x)

@@ -1,0 +1,263 @@
+"""Few-shot evaluation: the same numbers as a plain loop, however the work is split."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from metagen_jax.data.episodes import group_by_class, sample_episode
+from metagen_jax.evaluation.few_shot import (
+    accuracy_over_tasks,
+    both_modes,
+    evaluate_few_shot,
+    inductive,
+    percent,
+    transductive,
+)
+from metagen_jax.meta.maml import maml_predict
+from metagen_jax.nets.conv4 import Conv4
+from metagen_jax.supervised import cross_entropy_loss
+from metagen_jax.types import Episode
+
+WAYS, FEATURES = 3, 4
+SAMPLE = functools.partial(sample_episode, num_ways=WAYS, num_shots=2, num_queries=3)
+
+
+@pytest.fixture(scope="module")
+def data():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(8), 6)
+    centres = rng.normal(size=(8, FEATURES))
+    noisy = centres[labels] + 0.8 * rng.normal(size=(48, FEATURES))
+    return group_by_class(noisy.astype(np.float32), labels)
+
+
+def linear(params, inputs):
+    return inputs @ params
+
+
+def maml_of_a_linear_model(predict_fn=None, **options):
+    return maml_predict(
+        cross_entropy_loss(linear),
+        predict_fn or (lambda params, support, inputs: linear(params, inputs)),
+        inner_optimizer=optax.sgd(0.5),
+        num_steps=2,
+        **options,
+    )
+
+
+def noisy_predict(params, support, inputs, key):
+    return inputs @ params + jax.random.normal(key, (len(inputs), WAYS))
+
+
+def initial_params():
+    return 0.3 * jax.random.normal(jax.random.key(7), (FEATURES, WAYS))
+
+
+def reference_accuracies(predict, params, sample, data, key, num_tasks):
+    """Task by task on the host, with keys made as the documentation says."""
+    accuracies = []
+    for i in range(num_tasks):
+        episode_key, predict_key = jax.random.split(jax.random.fold_in(key, i))
+        episode = sample(episode_key, data)
+        logits = predict(params, episode.support, episode.query[0], predict_key)
+        predicted = np.asarray(logits).argmax(-1)
+        accuracies.append(np.mean(predicted == np.asarray(episode.query[1]), axis=-1))
+    return np.array(accuracies)
+
+
+@pytest.mark.parametrize("num_tasks", [2, 11])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_equals_a_loop_over_tasks_at_every_step(data, num_tasks, chunk):
+    predict = maml_of_a_linear_model(every_step=True)
+    args = (predict, initial_params(), SAMPLE, data)
+    key = jax.random.key(3)
+    accuracy = evaluate_few_shot(*args, key=key, num_tasks=num_tasks, chunk=chunk)
+    expected = reference_accuracies(*args, key, num_tasks)
+    assert expected.shape == (num_tasks, 3)
+    np.testing.assert_allclose(accuracy.per_task, expected, atol=1e-6)
+    np.testing.assert_allclose(accuracy.mean, expected.mean(0), atol=1e-6)
+
+
+def test_prediction_noise_depends_on_the_key_of_the_task_alone(data):
+    args = (noisy_predict, initial_params(), SAMPLE, data)
+    few, many = (evaluate_few_shot(*args, key=jax.random.key(3), num_tasks=n) for n in (5, 9))
+    np.testing.assert_array_equal(few.per_task, many.per_task[:5])
+    other = evaluate_few_shot(*args, key=jax.random.key(4), num_tasks=9)
+    assert np.any(other.per_task != many.per_task)
+
+
+def test_two_learners_see_the_same_episodes(data):
+    def fingerprint(params, support, inputs, key):
+        """Logits by which query `i` is right exactly if the inputs' sum is above a threshold."""
+        right = (support[0].sum() + inputs.sum()) > params
+        return jnp.where(right, jnp.eye(WAYS)[jnp.repeat(jnp.arange(WAYS), 3)], -jnp.inf)
+
+    def same_with_noise(params, support, inputs, key):
+        return fingerprint(params, support, inputs, key) + jax.random.uniform(key) * 0
+
+    first, second = (
+        evaluate_few_shot(
+            predict, jnp.float32(0), SAMPLE, data, key=jax.random.key(0), num_tasks=40
+        )
+        for predict in (fingerprint, same_with_noise)
+    )
+    np.testing.assert_array_equal(first.per_task, second.per_task)
+    assert 0 < first.mean < 1
+
+
+def test_is_traced_once_for_new_params_and_key(data):
+    traces = []
+
+    def predict(params, support, inputs, key):
+        traces.append(None)
+        return inputs @ params
+
+    for seed in range(3):
+        params = initial_params() + seed
+        evaluate_few_shot(predict, params, SAMPLE, data, key=jax.random.key(seed), num_tasks=4)
+    assert len(traces) == 1
+
+
+def test_keeps_the_pytree_of_the_predictions(data):
+    modes = both_modes(lambda params, inputs, num_reference=None: linear(params, inputs))
+    accuracy = evaluate_few_shot(
+        maml_of_a_linear_model(modes, every_step=True),
+        initial_params(),
+        SAMPLE,
+        data,
+        key=jax.random.key(0),
+        num_tasks=6,
+    )
+    assert set(accuracy) == {"transductive", "inductive"}
+    for of_mode in accuracy.values():
+        assert of_mode.mean.shape == of_mode.interval.shape == (3,)
+        assert of_mode.per_task.shape == (6, 3)
+
+
+def test_nan_logits_count_as_wrong(data):
+    def predict(params, support, inputs, key):
+        logits = jax.nn.one_hot(jnp.repeat(jnp.arange(WAYS), 3), WAYS)
+        return logits.at[0].set(jnp.nan).at[1, 2].set(-jnp.inf)
+
+    accuracy = evaluate_few_shot(predict, (), SAMPLE, data, key=jax.random.key(0), num_tasks=2)
+    np.testing.assert_allclose(accuracy.per_task, 8 / 9, rtol=1e-6)
+
+
+def test_interval_worked_by_hand():
+    # Deviations -1/4, 0, 1/4 from 1/2: s^2 = (1/16 + 0 + 1/16) / 2 = 1/16, s = 1/4.
+    accuracy = accuracy_over_tasks(np.array([0.25, 0.5, 0.75]))
+    assert accuracy.mean == 0.5
+    np.testing.assert_allclose(accuracy.interval, 1.96 * 0.25 / np.sqrt(3))
+
+
+def test_interval_covers_the_true_mean_95_times_in_100():
+    draws = np.random.default_rng(0).binomial(25, 0.8, size=(1000, 2000)) / 25
+    accuracy = accuracy_over_tasks(draws)
+    covered = np.mean(np.abs(accuracy.mean - 0.8) < accuracy.interval)
+    assert 0.935 < covered < 0.965
+
+
+def test_percent_is_as_in_a_table():
+    accuracy = accuracy_over_tasks(np.array([[0.25, 0.97], [0.75, 0.99]]))
+    assert percent(accuracy, 1) == "98.00 ± 1.96 %"
+    assert percent(accuracy_over_tasks(np.array([0.97, 0.99]))) == "98.00 ± 1.96 %"
+
+
+def an_image_episode():
+    keys = jax.random.split(jax.random.key(0), 2)
+    support = jax.random.normal(keys[0], (5, 16, 16, 1))
+    query = 1 + 2 * jax.random.normal(keys[1], (6, 16, 16, 1))
+    return Episode((support, jnp.arange(5)), (query, jnp.arange(6) % 5))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])
+def test_inductive_answers_do_not_depend_on_other_queries_and_transductive_ones_do(norm):
+    net = Conv4(5, num_filters=8, norm=norm)
+    episode = an_image_episode()
+    images = episode.query[0]
+    params = net.init(jax.random.key(1), images)
+    others_replaced = images.at[1:].set(-images[:-1])
+
+    def change_of_first_answer(mode):
+        predict_fn = mode(net.apply)
+        before = predict_fn(params, episode.support, images)
+        after = predict_fn(params, episode.support, others_replaced)
+        assert before.shape == (6, 5)
+        assert np.abs(before[1:] - after[1:]).max() > 1e-3
+        return np.abs(before[0] - after[0]).max()
+
+    assert change_of_first_answer(inductive) < 1e-6
+    if norm == "batch":
+        assert change_of_first_answer(transductive) > 1e-3
+    else:
+        assert change_of_first_answer(transductive) < 1e-6
+
+
+@pytest.mark.parametrize("norm", ["group", "layer", "none"])
+def test_both_modes_agree_without_batch_statistics(norm):
+    net = Conv4(5, num_filters=8, norm=norm)
+    episode = an_image_episode()
+    params = net.init(jax.random.key(1), episode.query[0])
+    answers = both_modes(net.apply)(params, episode.support, episode.query[0])
+    np.testing.assert_allclose(answers["transductive"], answers["inductive"], atol=1e-5)
+
+
+def test_inductive_equals_one_query_at_a_time():
+    net = Conv4(5, num_filters=8)
+    support, (images, _) = an_image_episode()
+    params = net.init(jax.random.key(1), images)
+    together = inductive(net.apply)(params, support, images)
+    alone = [inductive(net.apply)(params, support, images[i : i + 1])[0] for i in range(6)]
+    np.testing.assert_allclose(together, np.stack(alone), atol=1e-5)
+
+
+def test_rejects_what_gives_no_figure(data):
+    args = (noisy_predict, initial_params(), SAMPLE, data)
+    with pytest.raises(ValueError, match="num_tasks is 1; an interval needs 2"):
+        evaluate_few_shot(*args, key=jax.random.key(0), num_tasks=1)
+    with pytest.raises(ValueError, match="chunk is 0"):
+        evaluate_few_shot(*args, key=jax.random.key(0), chunk=0)
+
+    def transposed(params, support, inputs, key):
+        return (inputs @ params).T
+
+    with pytest.raises(ValueError, match=r"shape \(3, 9\) for 9 queries; .* \(..., 9, ways\)"):
+        evaluate_few_shot(transposed, *args[1:], key=jax.random.key(0), num_tasks=2)
+
+
+_ON_DEVICES = """
+import jax, numpy as np, functools
+from metagen_jax.data.episodes import group_by_class, sample_episode
+from metagen_jax.evaluation.few_shot import evaluate_few_shot
+rng = np.random.default_rng(0)
+data = group_by_class(rng.normal(size=(48, 4)).astype(np.float32), np.repeat(np.arange(8), 6))
+def predict(params, support, inputs, key):
+    slope = jax.grad(lambda w: ((support[0] @ w) ** 2).sum())(params)
+    return inputs @ (params - 0.1 * slope) + jax.random.normal(key, (9, 3))
+sample = functools.partial(sample_episode, num_ways=3, num_shots=2, num_queries=3)
+params = jax.random.normal(jax.random.key(7), (4, 3))
+accuracy = evaluate_few_shot(predict, params, sample, data, key=jax.random.key(1), num_tasks=13)
+print(len(jax.devices()), *np.rint(accuracy.per_task * 9).astype(int))
+"""
+
+
+def test_eight_devices_give_the_accuracies_of_one():
+    """13 tasks, which 8 devices don't divide; with an inner gradient of replicated parameters."""
+    lines = []
+    for count in (1, 8):
+        flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        env = {**os.environ, **flags, "JAX_PLATFORMS": "cpu"}
+        command = [sys.executable, "-c", _ON_DEVICES]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        lines.append(done.stdout.split())
+    (one, *expected), (eight, *accuracies) = lines
+    assert (one, eight) == ("1", "8")
+    assert accuracies == expected
+    assert len(set(expected)) > 2

@@ -1,0 +1,319 @@
+"""The meta-gradient against plain loops, finite differences and the closed form, in float64."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+
+from metagen_jax.gradients import gradients, mean_over_tasks
+from metagen_jax.meta.maml import maml_loss, maml_predict
+from metagen_jax.supervised import squared_error_loss
+from metagen_jax.types import Episode
+
+RATE = 0.1
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def net(params, x):
+    """Smooth, so that finite differences and float rounding mean something."""
+    hidden = jnp.tanh(x @ params["body"]["kernel"] + params["body"]["bias"])
+    return hidden @ params["head"]["kernel"]
+
+
+regression = squared_error_loss(net)
+
+
+def plain_loss(params, batch):
+    return regression(params, batch, KEY)[0]
+
+
+def example(num_tasks=3):
+    """Parameters and a batch of tasks, each with its own inputs and targets."""
+    rng = np.random.default_rng(0)
+    params = {
+        "body": {"kernel": rng.normal(size=(2, 4)), "bias": rng.normal(size=4)},
+        "head": {"kernel": rng.normal(size=(4, 1))},
+    }
+    tasks = Episode(
+        (rng.normal(size=(num_tasks, 3, 2)), rng.normal(size=(num_tasks, 3, 1))),
+        (rng.normal(size=(num_tasks, 5, 2)), rng.normal(size=(num_tasks, 5, 1))),
+    )
+    return jax.tree.map(jnp.asarray, (params, tasks))
+
+
+def one_task():
+    params, tasks = example(1)
+    return params, jax.tree.map(lambda x: x[0], tasks)
+
+
+def unstacked(tasks):
+    return [jax.tree.map(lambda x, t=t: x[t], tasks) for t in range(len(tasks.support[0]))]
+
+
+def assert_close(actual, expected, rtol=1e-11, atol=1e-12):
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_meta_gradient_equals_a_loop_over_tasks_and_finite_differences(num_steps):
+    params, tasks = example()
+    loss_fn = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=num_steps)
+    grads, metrics = jax.jit(mean_over_tasks(gradients(loss_fn)))(params, tasks, KEY)
+
+    supports, queries = zip(*unstacked(tasks), strict=True)
+
+    def loop(params):
+        return references.maml_loop(
+            plain_loss, params, supports, queries, rate=RATE, num_steps=num_steps
+        )
+
+    loss, expected = jax.jit(jax.value_and_grad(loop))(params)
+    assert grads["body"]["kernel"].dtype == jnp.float64
+    assert_close(metrics["loss"], loss)
+    assert_close(grads, expected)
+    numerical = references.finite_differences(jax.jit(loop), params)
+    assert_close(grads, numerical, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "first_order"])
+@pytest.mark.parametrize("num_steps", [0, 1, 4])
+def test_meta_gradient_is_the_closed_form_on_a_quadratic(gradient, num_steps):
+    """With `loss(theta, c) = 1/2 (theta - c)^T A (theta - c)`, A symmetric, a step of rate a gives
+    `theta' - c_s = (I - a A)(theta - c_s)`, so that `theta_K = c_s + M (theta - c_s)` with
+    `M = (I - a A)^K`, and the meta-gradient is `M^T A (theta_K - c_q)`. To first order M^T is
+    missing: d theta_K / d theta is taken for the identity.
+    """
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(4, 4))
+    a = half @ half.T
+    theta, support, query = rng.normal(size=(3, 4))
+
+    def quadratic(theta, centre, key):
+        return (theta - centre) @ a @ (theta - centre) / 2, {}
+
+    loss_fn = maml_loss(
+        quadratic, inner_optimizer=optax.sgd(RATE), num_steps=num_steps, gradient=gradient
+    )
+    grads, metrics = gradients(loss_fn)(jnp.asarray(theta), Episode(support, query), KEY)
+
+    m = np.linalg.matrix_power(np.eye(4) - RATE * a, num_steps)
+    error = support + m @ (theta - support) - query
+    assert_close(metrics["loss"], error @ a @ error / 2)
+    expected = m.T @ a @ error if gradient == "reverse" else a @ error
+    assert_close(grads, expected)
+
+
+def test_without_steps_it_is_the_plain_loss_on_the_query():
+    params, task = one_task()
+    loss_fn = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=0)
+    expected = gradients(regression)(params, task.query, KEY)
+    assert_close(gradients(loss_fn)(params, task, KEY), expected)
+
+
+def test_first_order_lacks_exactly_the_hessian_term():
+    """One step: `(I - a H) g` against `g`, H the support loss's Hessian at theta, g the gradient of
+    the query loss at theta'."""
+    params, task = one_task()
+    exact, first_order = (
+        jax.jit(
+            jax.grad(
+                maml_loss(
+                    regression, inner_optimizer=optax.sgd(RATE), num_steps=1, gradient=gradient
+                ),
+                has_aux=True,
+            )
+        )(params, task, KEY)[0]
+        for gradient in ("reverse", "first_order")
+    )
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+    hessian = jax.jit(jax.hessian(lambda p: plain_loss(unravel(p), task.support)))(flat)
+    adapted = references.gradient_descent(
+        plain_loss, params, task.support, rate=RATE, num_steps=1
+    )[-1]
+    query_grad = jax.grad(plain_loss)(adapted, task.query)
+    term = RATE * hessian @ jax.flatten_util.ravel_pytree(query_grad)[0]
+    assert_close(first_order, query_grad)
+    assert jnp.abs(term).max() > 1e-3
+    assert_close(jax.tree.map(jnp.subtract, first_order, exact), unravel(term))
+
+
+def test_maml_of_maml_equals_nested_plain_code():
+    rng = np.random.default_rng(1)
+    params, tasks = example(4)
+    a, b = (jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], tasks) for i in (0, 1))
+    outer_episode = jax.tree.map(lambda x: x[0], Episode(a, b))
+    del rng
+
+    inner = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=1)
+    outer = maml_loss(inner, inner_optimizer=optax.sgd(0.05), num_steps=2)
+    value_and_grad = jax.jit(jax.value_and_grad(outer, has_aux=True))
+    (loss, _), grads = value_and_grad(params, outer_episode, KEY)
+
+    def descend(loss, params, batch, rate):
+        return jax.tree.map(lambda p, g: p - rate * g, params, jax.grad(loss)(params, batch))
+
+    def plain_inner(params, episode):
+        adapted = descend(plain_loss, params, episode.support, RATE)
+        return plain_loss(adapted, episode.query)
+
+    def plain_outer(params):
+        for _ in range(2):
+            params = descend(plain_inner, params, outer_episode.support, 0.05)
+        return plain_inner(params, outer_episode.query)
+
+    expected = jax.jit(jax.value_and_grad(plain_outer))(params)
+    assert_close((loss, grads), expected)
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_trainable_equals_a_loop_with_masked_steps(part):
+    params, task = one_task()
+    loss_fn = maml_loss(
+        regression,
+        inner_optimizer=optax.sgd(RATE),
+        num_steps=3,
+        trainable=lambda path: path.startswith(part),
+    )
+    mask = {name: jax.tree.map(lambda x: jnp.full_like(x, name == part), p)
+            for name, p in params.items()}  # fmt: skip
+
+    def loop(params):
+        return references.maml_loop(
+            plain_loss, params, [task.support], [task.query], rate=RATE, num_steps=3, mask=mask
+        )
+
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, task, KEY)
+    assert_close((loss, grads), jax.jit(jax.value_and_grad(loop))(params))
+    assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads)), "the outer loop moves every leaf"
+
+
+@pytest.mark.parametrize("gradient", ["reverse", "first_order"])
+def test_query_loss_weights_equal_a_loop_over_the_steps(gradient):
+    params, task = one_task()
+    weights = np.array([0.5, 0.2, 0.3])
+
+    def meta(weights):
+        loss_fn = maml_loss(
+            regression,
+            inner_optimizer=optax.sgd(RATE),
+            num_steps=3,
+            gradient=gradient,
+            query_loss_weights=weights,
+        )
+        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, task, KEY)
+
+    def loop(params):
+        def loss(params, batch):
+            grads_of = params if gradient == "reverse" else jax.lax.stop_gradient(params)
+            del grads_of
+            return plain_loss(params, batch)
+
+        path = references.gradient_descent(loss, params, task.support, rate=RATE, num_steps=3)
+        return sum(w * plain_loss(p, task.query) for w, p in zip(weights, path[1:], strict=True))
+
+    (loss, _), grads = meta(weights)
+    if gradient == "reverse":
+        assert_close((loss, grads), jax.jit(jax.value_and_grad(loop))(params))
+    else:
+        path = references.gradient_descent(
+            plain_loss, params, task.support, rate=RATE, num_steps=3
+        )
+        each = [jax.grad(plain_loss)(p, task.query) for p in path[1:]]
+        weighted = jax.tree.map(lambda *g: sum(w * x for w, x in zip(weights, g)), *each)
+        assert_close(grads, weighted)
+    last = meta(np.array([0.0, 0.0, 1.0]))
+    assert_close(last, meta(None))
+
+
+def test_metrics_are_those_of_the_query_after_the_last_step():
+    params, task = one_task()
+
+    def with_metric(params, batch, key):
+        loss, _ = regression(params, batch, key)
+        return loss, {"root": jnp.sqrt(loss), "outputs": net(params, batch[0])}
+
+    adapted = references.gradient_descent(
+        plain_loss, params, task.support, rate=RATE, num_steps=2
+    )[-1]
+    expected = with_metric(adapted, task.query, KEY)[1]
+    for weights in (None, np.array([0.9, 0.1])):
+        loss_fn = maml_loss(
+            with_metric,
+            inner_optimizer=optax.sgd(RATE),
+            num_steps=2,
+            query_loss_weights=weights,
+        )
+        assert_close(loss_fn(params, task, KEY)[1], expected)
+
+
+@pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()])
+def test_refuses_query_loss_weights_that_are_not_one_a_step(shape):
+    with pytest.raises(ValueError, match="one weight for each of the 3 inner steps"):
+        maml_loss(
+            regression,
+            inner_optimizer=optax.sgd(RATE),
+            num_steps=3,
+            query_loss_weights=np.ones(shape),
+        )
+
+
+def test_predicts_with_another_number_of_steps_than_it_was_trained_with():
+    params, task = one_task()
+    inputs = task.query[0]
+
+    def predict_fn(params, support, inputs):
+        return {"outputs": net(params, inputs), "support": support[1].sum()}
+
+    def predict(num_steps, every_step):
+        learner = maml_predict(
+            regression,
+            predict_fn,
+            inner_optimizer=optax.sgd(RATE),
+            num_steps=num_steps,
+            every_step=every_step,
+        )
+        return jax.jit(learner)(params, task.support, inputs, KEY)
+
+    path = references.gradient_descent(plain_loss, params, task.support, rate=RATE, num_steps=5)
+    expected = jnp.stack([net(p, inputs) for p in path])
+    assert_close(predict(5, True)["outputs"], expected)
+    assert_close(predict(2, True)["outputs"], expected[:3])
+    assert_close(predict(0, False)["outputs"], expected[0])
+    assert_close(predict(5, False), {"outputs": expected[5], "support": task.support[1].sum()})
+
+
+def test_jit_and_vmap_change_nothing():
+    params, tasks = example()
+    loss_fn = maml_loss(
+        regression, inner_optimizer=optax.adam(RATE, eps_root=1e-8), num_steps=2
+    )
+    grad_fn = gradients(loss_fn)
+    one_by_one = [grad_fn(params, task, KEY) for task in unstacked(tasks)]
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *one_by_one)
+    vmapped = jax.jit(jax.vmap(grad_fn, in_axes=(None, 0, None)))
+    assert_close(vmapped(params, tasks, KEY), expected)
+
+
+def test_support_and_query_may_be_any_pytrees():
+    """An episode without labels whose support and query differ in structure."""
+
+    def reconstruction(params, batch, key):
+        images = batch["images"] if isinstance(batch, dict) else batch
+        code = jnp.tanh(images @ params)
+        return jnp.mean((code @ params.T - images) ** 2), {}
+
+    rng = np.random.default_rng(0)
+    params, support, query = (jnp.asarray(rng.normal(size=s)) for s in [(3, 2), (4, 3), (6, 3)])
+    loss_fn = maml_loss(reconstruction, inner_optimizer=optax.sgd(RATE), num_steps=1)
+    loss, _ = loss_fn(params, Episode({"images": support, "unused": support}, query), KEY)
+    grads = jax.grad(lambda p: reconstruction(p, support, KEY)[0])(params)
+    assert_close(loss, reconstruction(params - RATE * grads, query, KEY)[0])
