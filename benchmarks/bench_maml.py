@@ -62,9 +62,7 @@ def variants(num_filters: int) -> dict[str, GradFn]:
     """Every way of taking the step, by name."""
 
     def meta_gradient(apply, chunk: int | None) -> GradFn:
-        loss_fn = maml_loss(
-            cross_entropy_loss(apply), inner_optimizer=optax.sgd(0.4), num_steps=1
-        )
+        loss_fn = maml_loss(cross_entropy_loss(apply), inner_optimizer=optax.sgd(0.4), num_steps=1)
         return mean_over_tasks(gradients(loss_fn), chunk=chunk)
 
     ours, flaxes = Conv4(5, num_filters).apply, FlaxConv4(num_filters).apply
@@ -73,7 +71,9 @@ def variants(num_filters: int) -> dict[str, GradFn]:
         f"metagen_jax, one task at a time, {jax.device_count()} devices": data_parallel(
             meta_gradient(ours, 1)
         ),
-        "metagen_jax, one task at a time": data_parallel(meta_gradient(ours, 1), devices=one_device),
+        "metagen_jax, one task at a time": data_parallel(
+            meta_gradient(ours, 1), devices=one_device
+        ),
         "metagen_jax, vmap": data_parallel(meta_gradient(ours, None), devices=one_device),
         "flax.linen.Conv, one task at a time": data_parallel(
             meta_gradient(flaxes, 1), devices=one_device
@@ -127,7 +127,9 @@ def main() -> None:
     best_flax = min(value for name, value in medians.items() if name.startswith("flax"))
 
     print(f"meta-gradients agree to {difference:.1e} of their norm; medians of {rounds} rounds")
-    print(f"{'variant':50} {'step':>8} {'tasks/s':>8} {'compile':>8} {'temporaries':>11} {'ratio':>6}")
+    print(
+        f"{'variant':50} {'step':>8} {'tasks/s':>8} {'compile':>8} {'temporaries':>11} {'ratio':>6}"
+    )
     for name, median in medians.items():
         print(
             f"{name:50} {median:6.3f} s {num_tasks / median:8.1f} {compile_seconds[name]:6.1f} s "

@@ -96,9 +96,7 @@ class Config:
 
 PRESETS = {
     "default": Config(),
-    "published": Config(
-        num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False
-    ),
+    "published": Config(num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False),
     "smoke": Config(steps=30, num_validation_tasks=20, num_test_tasks=50),
 }
 
@@ -147,12 +145,12 @@ def train(
         mean_over_tasks(gradients(task_loss)), devices=jax.devices()[: config.num_devices]
     )
     rate = config.outer_rate
-    optimizer = optax.adam(optax.cosine_decay_schedule(rate, config.steps) if config.cosine else rate)
+    optimizer = optax.adam(
+        optax.cosine_decay_schedule(rate, config.steps) if config.cosine else rate
+    )
 
     def sample_one(key) -> Episode:
-        task = sample_sinusoid_task(
-            key, num_shots=config.num_shots, num_queries=config.num_queries
-        )
+        task = sample_sinusoid_task(key, num_shots=config.num_shots, num_queries=config.num_queries)
         return show(task)
 
     def sample(key, _) -> Episode:
@@ -283,19 +281,24 @@ def main(config: Config) -> dict[str, Any]:
 def show_table(config: Config, curves: dict[str, Curve], labels: dict[str, str]) -> None:
     """Prints mean squared errors and their 95 % intervals after some numbers of steps."""
     table = rich.table.Table(
-        title=f"{config.test_shots}-shot mean squared error after so many gradient steps\n"
-        f"{config.num_test_tasks} test tasks, {TEST_QUERIES} queries each, ± 95 % interval",
+        title=f"{config.test_shots}-shot mean squared error\n{config.num_test_tasks} test tasks, "
+        f"{TEST_QUERIES} queries each, ± 95 % interval",
         box=rich.box.SIMPLE_HEAD,
     )
-    columns = [step for step in COLUMNS if step <= config.test_steps]
-    table.add_column("network")
-    for step in columns:
-        table.add_column(str(step), justify="right")
-    for name, curve in curves.items():
-        steps = [step for step in columns if step < len(curve.mean)]
-        cells = [f"{curve.mean[step]:.3f} ± {curve.interval[step]:.3f}" for step in steps]
-        table.add_row(labels[name], *cells)
+    table.add_column("gradient\nsteps", justify="right")
+    for name in curves:
+        table.add_column(labels[name].replace(", ", "\n"), justify="right")
+    for step in COLUMNS:
+        if step <= config.test_steps:
+            table.add_row(str(step), *(cell(curve, step) for curve in curves.values()))
     rich.console.Console().print(table)
+
+
+def cell(curve: Curve, step: int) -> str:
+    """An entry of the table; empty for steps that were not taken."""
+    if step >= len(curve.mean):
+        return ""
+    return f"{curve.mean[step]:.3f} ± {curve.interval[step]:.3f}"
 
 
 def draw(

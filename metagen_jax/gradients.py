@@ -53,7 +53,8 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
       A `GradFn` over a batch of `T` tasks. Its key may be one key, or `T` keys, one for each task.
 
     Raises:
-      ValueError: if `chunk` is not positive, or the leaves of the batch differ in leading axis.
+      ValueError: if `chunk` is not positive, the leaves of the batch differ in leading axis, or
+        there are several keys but not one for each task.
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; give a positive number of tasks, or None for all")
@@ -61,6 +62,11 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
     def mean_grad_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Params, Metrics]:
         num_tasks = count_tasks(batch)
         keys = task_keys(key, num_tasks) if key.ndim == 0 else key
+        if keys.shape != (num_tasks,):
+            raise ValueError(
+                f"there are keys of shape {keys.shape} for {num_tasks} tasks; "
+                "give one typed key, or one for each task"
+            )
         at_once = jax.vmap(grad_fn, in_axes=(None, 0, 0))
 
         def sum_over(tasks):

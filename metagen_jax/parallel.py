@@ -57,7 +57,7 @@ def data_parallel(
     noise does not depend on the devices.
 
     Args:
-      grad_fn: `(params, tasks, keys) -> (direction, metrics)`, given `T / D` tasks and as many keys;
+      grad_fn: `(params, tasks, keys) -> (direction, metrics)`, given `T / D` tasks and their keys;
         most often `mean_over_tasks(..., chunk=...)`. It may use collectives over `axis_name`.
       devices: which devices; None takes all, those of other hosts included.
       method: "shard_map" works inside and outside `jax.jit`, on one host and on several; "pmap" on

@@ -19,13 +19,19 @@ def cross_entropy_loss(apply: Apply) -> LossFn:
       apply: `(params, inputs) -> logits (n, classes)`.
 
     Returns:
-      A loss over batches `(inputs, labels (n,))`, with the metric `accuracy`.
+      A loss over batches `(inputs, labels (n,))`, with the metric `accuracy`. It raises a
+      ValueError for labels of another shape, such as one-hot ones.
     """
 
     def loss_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Metrics]:
         del key
         inputs, labels = batch
         logits = apply(params, inputs)
+        if jnp.shape(labels) != logits.shape[:-1]:
+            raise ValueError(
+                f"the labels have shape {jnp.shape(labels)} for logits of shape {logits.shape}; "
+                f"give one integer for each row, shape {logits.shape[:-1]}"
+            )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         return losses.mean(), {"accuracy": (logits.argmax(-1) == labels).mean()}
 
@@ -39,12 +45,19 @@ def squared_error_loss(apply: Apply) -> LossFn:
       apply: `(params, inputs) -> outputs`, of the shape of the targets.
 
     Returns:
-      A loss over batches `(inputs, targets)`, without metrics of its own.
+      A loss over batches `(inputs, targets)`, without metrics of its own. It raises a ValueError
+      for targets of another shape, which would be broadcast.
     """
 
     def loss_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Metrics]:
         del key
         inputs, targets = batch
-        return jnp.square(apply(params, inputs) - targets).mean(), {}
+        outputs = apply(params, inputs)
+        if jnp.shape(targets) != outputs.shape:
+            raise ValueError(
+                f"the targets have shape {jnp.shape(targets)} for outputs of shape {outputs.shape}; "
+                "give them the same shape"
+            )
+        return jnp.square(outputs - targets).mean(), {}
 
     return loss_fn

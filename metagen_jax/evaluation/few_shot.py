@@ -6,7 +6,7 @@ questions. *Inductive*: the support set, so that each query is answered by itsel
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,13 +50,13 @@ def evaluate_few_shot(
     key: PRNGKey,
     num_tasks: int = 1000,
     chunk: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> PyTree:
     """Accuracy on the queries of `num_tasks` episodes, each predicted from its support set.
 
     Task `i` is drawn and predicted with keys that come from `fold_in(key, i)` alone: the same
-    episodes for every learner, chunk and number of devices. Tasks are spread over the local
-    devices. Compiled once for each pair of `predict` and `sample`: to evaluate again, pass the same
-    functions and not new closures.
+    episodes for every learner, chunk and number of devices. Compiled once for each pair of
+    `predict` and `sample`: to evaluate again, pass the same functions and not new closures.
 
     Args:
       predict: `(params, support, inputs, key) -> logits`, any pytree of arrays
@@ -68,6 +68,7 @@ def evaluate_few_shot(
       num_tasks: how many episodes.
       chunk: how many at once on each device. On a CPU 1 is fastest, on accelerators the largest
         that fits.
+      devices: what to spread the tasks over; None takes all of this host.
 
     Returns:
       The pytree of `predict` with an `Accuracy` for each array of logits. A query with a NaN among
@@ -81,8 +82,8 @@ def evaluate_few_shot(
         raise ValueError(f"num_tasks is {num_tasks}; an interval needs 2 or more, 1000 is usual")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; give a positive number of tasks")
-    devices = np.asarray(jax.local_devices())
-    mesh = Mesh(devices, ("tasks",), axis_types=(AxisType.Auto,))
+    devices = jax.local_devices() if devices is None else devices
+    mesh = Mesh(np.array(devices), ("tasks",), axis_types=(AxisType.Auto,))
     params, data, key = jax.device_put((params, data, key), NamedSharding(mesh, P()))
     correct = _task_accuracies(
         params,

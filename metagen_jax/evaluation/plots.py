@@ -23,7 +23,7 @@ _TEXT, _QUIET, _RULE = "#222222", "#666666", "#DDDDDD"
 _DOTS_PER_INCH = 150
 
 # Lengths of an episode's picture, in inches.
-_MARGIN, _TOP, _CELL, _GAP = 0.25, 0.86, 0.7, 0.04
+_WIDTH, _MARGIN, _TOP, _BETWEEN, _GAP = 8.9, 0.25, 0.86, 0.35, 0.04
 _NUM_COLUMNS = 11
 
 File = str | os.PathLike[str]
@@ -136,14 +136,14 @@ def plot_episode(
     """A test episode: a row for each class, its support examples, then its queries.
 
     Queries answered right have a green frame; the others a red one and the words "predicted
-    B, is A". The title counts all queries; what is not drawn is said below.
+    2, is 1". The title counts all queries; what is not drawn is said below.
 
     Args:
       episode: `((images, labels), (images, labels))`, images `(n, h, w, 1 or 3)` as bytes or as
         floats, labels 0..ways-1.
       predicted: the predicted labels of the queries.
       path: the picture to write; its suffix is the format.
-      class_names: of the labels; None calls them A, B, C, ...
+      class_names: of the labels; None numbers them 1, 2, 3, ...
       what: the classes are, for the title.
       ink: whether ink is the low or the high value of one-channel images; it is drawn dark.
       max_classes: rows to draw.
@@ -159,72 +159,87 @@ def plot_episode(
             f"predicted has shape {predicted.shape} for {len(query_labels)} queries; give the "
             f"predicted label of each, shape ({len(query_labels)},)"
         )
-    names = _names(class_names, num_ways=1 + int(max(labels.max(), predicted.max())))
-    rows = _choose_rows(labels, query_labels, max_classes, max_shots)
-    errors = {
-        i: f"predicted {_shorten(names[predicted[i]], 9)}\nis {_shorten(names[row.label], 15)}"
-        for row in rows
-        for i in row.queries
-        if predicted[i] != row.label
-    }
+    rows = _choose_rows(labels, query_labels, predicted, class_names, max_classes, max_shots)
+    grid = _lay_out(rows)
+    note = _what_is_drawn(rows, labels, query_labels)
     num_right = (predicted == query_labels).sum()
     title = f"{_kind(labels)} episode of {what}: {num_right} of {len(predicted)} right"
-    grid = _Grid(
-        support_left=_MARGIN + max(0.35, 0.13 * max(len(_shorten(names[r.label])) for r in rows)),
-        num_support=max(len(row.support) for row in rows),
-        num_queries=max(len(row.queries) for row in rows),
-    )
-    heights = [_CELL + (0.3 if errors.keys() & row.queries else 0.04) for row in rows]
-    note = _what_is_drawn(rows, labels, query_labels)
-    height = _TOP + sum(heights) + (0.35 if note else 0.15)
+    height = grid.tops[-1] + (0.35 if note else 0.15)
     figure = _new_figure(max(grid.width, 0.115 * len(title)), height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, figure.get_figwidth()), ylim=(height, 0))
     axes.axis("off")
     _write(axes, _MARGIN, 0.3, title, size=12, weight="bold")
-    _write(axes, grid.support_left, 0.7, "learns from", color=_QUIET)
+    _write(axes, grid.support_left + _GAP, 0.7, "learns from", color=_QUIET)
     asked = "is then asked to name (green frame: right, red frame: wrong)"
-    _write(axes, grid.query_left, 0.7, asked, color=_QUIET)
+    _write(axes, grid.query_left + _GAP, 0.7, asked, color=_QUIET)
     pictures = _to_pictures([images, queries], ink)
-    for row, top in zip(rows, _TOP + np.cumsum([0.0, *heights]), strict=False):
-        _write(axes, _MARGIN, top + _CELL / 2, _shorten(names[row.label]), size=11, weight="bold")
-        _draw_row(axes, row, float(top), grid, *pictures, errors)
+    for row, top in zip(rows, grid.tops, strict=False):
+        _draw_row(axes, row, top, grid, *pictures)
     _write(axes, _MARGIN, height - 0.2, note, color=_QUIET)
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
 class _Row(NamedTuple):
-    """A class, and which of its examples are drawn."""
+    """A class, which of its examples are drawn, and what is to be said below some queries."""
 
     label: int
+    heading: str
     support: list[int]
     queries: list[int]
+    errors: dict[int, str]
 
 
 class _Grid(NamedTuple):
-    """Where an episode's pictures stand, in inches from the left."""
+    """Where an episode's pictures stand, in inches."""
 
+    cell: float
     support_left: float
-    num_support: int
-    num_queries: int
-
-    @property
-    def query_left(self) -> float:
-        return self.support_left + self.num_support * _CELL + 0.35
-
-    @property
-    def width(self) -> float:
-        return self.query_left + self.num_queries * _CELL + _MARGIN
+    query_left: float
+    width: float
+    tops: list[float]
 
 
 def _choose_rows(
-    labels: np.ndarray, query_labels: np.ndarray, max_classes: int, max_shots: int
+    labels: np.ndarray,
+    query_labels: np.ndarray,
+    predicted: np.ndarray,
+    class_names: Sequence[str] | None,
+    max_classes: int,
+    max_shots: int,
 ) -> list[_Row]:
+    # Numbers, as letters would be taken for the characters in the pictures.
+    names = class_names or [str(i + 1) for i in range(max(labels.max(), predicted.max()) + 1)]
     rows = []
-    for label in np.unique(labels)[:max_classes]:
+    for label in np.unique(labels)[:max_classes].tolist():
         support = np.flatnonzero(labels == label)[:max_shots].tolist()
         queries = np.flatnonzero(query_labels == label)[: _NUM_COLUMNS - len(support)].tolist()
-        rows.append(_Row(int(label), support, queries))
+        errors = {
+            i: _describe_error(names[predicted[i]], names[label])
+            for i in queries
+            if predicted[i] != label
+        }
+        heading = _shorten(names[label]) if class_names else f"class {names[label]}"
+        rows.append(_Row(label, heading, support, queries, errors))
     return rows
+
+
+def _lay_out(rows: list[_Row]) -> _Grid:
+    num_support = max(len(row.support) for row in rows)
+    num_queries = max(len(row.queries) for row in rows)
+    support_left = _MARGIN + 0.2 + 0.095 * max(len(row.heading) for row in rows)
+    free = _WIDTH - support_left - _BETWEEN - _MARGIN
+    cell = min(max(free / (num_support + num_queries), 0.68), 1.0)
+    query_left = support_left + num_support * cell + _BETWEEN
+    heights = [cell + (0.3 if row.errors else 0.04) for row in rows]
+    tops = np.cumsum([_TOP, *heights]).tolist()
+    return _Grid(cell, support_left, query_left, query_left + num_queries * cell + _MARGIN, tops)
+
+
+def _describe_error(predicted: str, truth: str) -> str:
+    """Two lines as wide as a picture; a long truth can be read at the left of the row."""
+    if max(len(predicted), len(truth)) <= 2:
+        return f"predicted {predicted},\nis {truth}"
+    return f"predicted\n{_shorten(predicted, 11)}"
 
 
 def _what_is_drawn(rows: list[_Row], labels: np.ndarray, query_labels: np.ndarray) -> str:
@@ -232,12 +247,11 @@ def _what_is_drawn(rows: list[_Row], labels: np.ndarray, query_labels: np.ndarra
     parts = []
     if len(rows) < len(np.unique(labels)):
         parts.append(f"the first {len(rows)} of {len(np.unique(labels))} classes")
-    for field, name, of in (
-        ("support", "support examples", labels),
-        ("queries", "queries", query_labels),
+    for name, of, drawn in (
+        ("support examples", labels, [len(row.support) for row in rows]),
+        ("queries", query_labels, [len(row.queries) for row in rows]),
     ):
-        drawn = [len(getattr(row, field)) for row in rows]
-        total = [(of == row.label).sum() for row in rows]
+        total = [int((of == row.label).sum()) for row in rows]
         if sum(drawn) < sum(total):
             parts.append(f"{max(drawn)} of {max(total)} {name} of each class")
     return f"Drawn: {', '.join(parts)}." if parts else ""
@@ -250,25 +264,26 @@ def _kind(labels: np.ndarray) -> str:
     return f"{len(counts)}-way {low if low == high else f'{low}-to-{high}'}-shot"
 
 
-def _draw_row(axes, row: _Row, top: float, grid: _Grid, images, queries, errors) -> None:
+def _draw_row(axes, row: _Row, top: float, grid: _Grid, images, queries) -> None:
+    _write(axes, _MARGIN, top + grid.cell / 2, row.heading, size=11, weight="bold")
     for column, i in enumerate(row.support):
-        _draw_picture(axes, images[i], grid.support_left + column * _CELL, top, _QUIET, 0.8)
+        _draw_picture(axes, images[i], grid.support_left + column * grid.cell, top, grid.cell)
     for column, i in enumerate(row.queries):
-        left = grid.query_left + column * _CELL
-        if i not in errors:
-            _draw_picture(axes, queries[i], left, top, _RIGHT, 1.5)
-            continue
-        _draw_picture(axes, queries[i], left, top, _WRONG, 3.0)
-        _write(axes, left + _GAP, top + _CELL + 0.1, errors[i], size=7.5, color=_WRONG)
+        left = grid.query_left + column * grid.cell
+        colour, line = (_WRONG, 3.0) if i in row.errors else (_RIGHT, 1.5)
+        _draw_picture(axes, queries[i], left, top, grid.cell, colour, line)
+        below = top + grid.cell + 0.1
+        _write(axes, left + _GAP, below, row.errors.get(i, ""), size=7.5, color=_WRONG)
 
 
-def _draw_picture(axes, image: np.ndarray, left: float, top: float, colour: str, line: float):
-    box = (left + _GAP, left + _CELL - _GAP, top + _CELL - _GAP, top + _GAP)
+def _draw_picture(axes, image, left: float, top: float, cell: float, colour=_QUIET, line=0.8):
+    low, high = _GAP, cell - _GAP
+    box = (left + low, left + high, top + high, top + low)
     limits = dict(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     axes.imshow(image, extent=box, aspect="auto")
     axes.set(**limits)
-    xs, ys = (box[i] for i in (0, 1, 1, 0, 0)), (box[i] for i in (2, 2, 3, 3, 2))
-    axes.plot([*xs], [*ys], color=colour, lw=line, solid_joinstyle="miter")
+    xs, ys = [box[i] for i in (0, 1, 1, 0, 0)], [box[i] for i in (2, 2, 3, 3, 2)]
+    axes.plot(xs, ys, color=colour, lw=line, solid_joinstyle="miter")
 
 
 def _to_pictures(sets: list[np.ndarray], ink: str) -> list[np.ndarray]:
@@ -284,14 +299,8 @@ def _to_pictures(sets: list[np.ndarray], ink: str) -> list[np.ndarray]:
     return [np.repeat(1 - x if ink == "high" else x, 3, axis=-1) for x in pictures]
 
 
-def _names(class_names: Sequence[str] | None, num_ways: int) -> list[str]:
-    if class_names is not None:
-        return list(class_names)
-    return [chr(ord("A") + i) if num_ways <= 26 else str(i + 1) for i in range(num_ways)]
-
-
 def _shorten(name: str, length: int = 12) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
 def _series(records: Iterable[Mapping[str, Any]], name: str, scale: float) -> np.ndarray:
@@ -304,7 +313,7 @@ def _draw_learning_curve(axes, name: str, label: str, training, validation) -> N
     labels = []
     if training.size:
         steps, values = training
-        smooth = moving_average(values, len(values) // 25)
+        smooth = _moving_average(values, len(values) // 25)
         axes.plot(steps, values, color=_TRAINING, alpha=0.2, lw=0.8)
         axes.plot(steps, smooth, color=_TRAINING, lw=1.8)
         labels.append((smooth[-1], "training\n(smoothed)", _TRAINING))
@@ -319,7 +328,7 @@ def _draw_learning_curve(axes, name: str, label: str, training, validation) -> N
     _label_right(axes, labels)
 
 
-def moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, " n"]:
+def _moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, " n"]:
     """The mean of the values within `width // 2` places, fewer at the ends."""
     window = np.ones(2 * (width // 2) + 1)
 

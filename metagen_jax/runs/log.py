@@ -11,9 +11,12 @@ from metagen_jax.runs.errors import import_extra, writing
 
 METRICS = "metrics.jsonl"
 
+# Flushing events waits for the disk, some 10 ms.
+_FLUSH_SECONDS = 10.0
+
 
 class RunLog:
-    """`metrics.jsonl`, an object a line, and `events.out.tfevents.*`; both written at once.
+    """`metrics.jsonl`, an object a line, and `events.out.tfevents.*`, which lag by some seconds.
 
     A line of training is `{"step": 40, "train_seconds": 12.1, "loss": ..., ...}`, one of validation
     has names such as `validation_loss`. A resumed run first drops the lines after its checkpoint
@@ -34,6 +37,7 @@ class RunLog:
             self._events = writer.EventsWriter(str(run_dir / "events"), f".{start_step}")
             session = self._protos.SessionLog(status=self._protos.SessionLog.START)
             self._add_event(start_step + 1, session_log=session)
+            self._flush_events()
 
     def __enter__(self):
         return self
@@ -61,12 +65,18 @@ class RunLog:
             self._lines.flush()
             for name, value in numbers.items():
                 self._add_event(step, summary=self._scalar(f"{kind}/{name}", value))
-            self._events.flush()
+            if time.perf_counter() - self._last_flush > _FLUSH_SECONDS:
+                self._flush_events()
 
     def sync(self) -> None:
-        """Has the lines on the disk, before a checkpoint that counts on them."""
+        """Has everything on the disk, before a checkpoint that counts on it."""
         with writing(self._path):
             os.fsync(self._lines.fileno())
+            self._flush_events()
+
+    def _flush_events(self) -> None:
+        self._events.flush()
+        self._last_flush = time.perf_counter()
 
     def _add_event(self, step: int, **content: Any) -> None:
         event = self._protos.Event(wall_time=time.time(), step=step, **content)

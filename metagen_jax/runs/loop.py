@@ -84,7 +84,6 @@ class Loop:
         self.last_lap = self.last_save = time.perf_counter()
         for step in range(start + 1, self.num_steps + 1):
             state, metrics = step_fn(state, data)
-            jax.tree.map(lambda x: x.copy_to_host_async(), metrics)
             if unread is not None:
                 self.observe(*unread)
             unread = step, metrics

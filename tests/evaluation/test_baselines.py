@@ -65,13 +65,12 @@ def test_squared_distances_of_a_point_from_itself_are_not_negative():
 
 def test_new_head_makes_all_classes_equally_likely_and_keeps_the_body():
     images = jax.random.normal(jax.random.key(0), (4, 16, 16, 1))
-    pretrained = Conv4(40, num_filters=8).init(jax.random.key(1), images)
+    pretrained = jax.jit(Conv4(40, num_filters=8).init)(jax.random.key(1), images)
     params = replace_head(pretrained, 5)
-    np.testing.assert_array_equal(Conv4(5, num_filters=8).apply(params, images), np.zeros((4, 5)))
-    features = Conv4(None, num_filters=8)
-    np.testing.assert_array_equal(
-        features.apply(params, images), features.apply(pretrained, images)
-    )
+    logits = jax.jit(Conv4(5, num_filters=8).apply)(params, images)
+    np.testing.assert_array_equal(logits, np.zeros((4, 5)))
+    features = jax.jit(Conv4(None, num_filters=8).apply)
+    np.testing.assert_array_equal(features(params, images), features(pretrained, images))
 
 
 def test_an_unknown_head_is_an_error():
@@ -97,21 +96,23 @@ def pretrained():
 
 
 def test_fine_tuning_equals_a_loop_of_gradient_descent(data, pretrained):
-    (inputs, labels), (queries, _) = SAMPLE(jax.random.key(0), data)
+    (inputs, labels), (queries, _) = jax.jit(SAMPLE)(jax.random.key(0), data)
     predict = fine_tuning_of_an_mlp(3, every_step=True)
     params = MetaParams(pretrained, jnp.float32(0.4))
-    logits = predict(params, (inputs, labels), queries, jax.random.key(1))
+    logits = jax.jit(predict)(params, (inputs, labels), queries, jax.random.key(1))
 
     net = MLP((6,), 3)
     tuned = replace_head(pretrained, 3)
 
-    def loss(params):
+    @jax.jit
+    @jax.grad
+    def slope(params):
         log_probs = jax.nn.log_softmax(net.apply(params, inputs))
         return -log_probs[jnp.arange(6), labels].mean()
 
     for step in range(4):
         np.testing.assert_allclose(logits[step], net.apply(tuned, queries), atol=1e-5)
-        tuned = jax.tree.map(lambda x, g: x - 0.4 * g, tuned, jax.grad(loss)(tuned))
+        tuned = jax.tree.map(lambda x, g: x - 0.4 * g, tuned, slope(tuned))
 
 
 def test_fine_tuning_only_the_head_leaves_the_body(data, pretrained):
@@ -123,9 +124,9 @@ def test_fine_tuning_only_the_head_leaves_the_body(data, pretrained):
         num_steps=2,
         trainable=lambda path: "/head/" in path,
     )
-    support, (queries, _) = SAMPLE(jax.random.key(0), data)
+    support, (queries, _) = jax.jit(SAMPLE)(jax.random.key(0), data)
     params = MetaParams(pretrained, jnp.float32(0.4))
-    tuned = predict(params, support, queries, jax.random.key(1))["params"]
+    tuned = jax.jit(predict)(params, support, queries, jax.random.key(1))["params"]
     np.testing.assert_array_equal(
         tuned["hidden0"]["kernel"], pretrained["params"]["hidden0"]["kernel"]
     )
@@ -148,11 +149,9 @@ def test_chooses_the_best_of_the_grid_and_compiles_once(data, pretrained):
     assert len(traces) == 1
     grid = {}
     for rate in rates:
-        for steps in range(4):
-            params = MetaParams(pretrained, jnp.float32(rate))
-            one = fine_tuning_of_an_mlp(steps)
-            accuracy = evaluate_few_shot(one, params, SAMPLE, data, key=key, num_tasks=50)
-            grid[rate, steps] = accuracy.mean
+        params = MetaParams(pretrained, jnp.float32(rate))
+        accuracy = evaluate_few_shot(predict, params, SAMPLE, data, key=key, num_tasks=50)
+        grid |= {(rate, steps): accuracy.mean[steps] for steps in range(4)}
     best = max(grid, key=lambda at: grid[at])
     assert (chosen.rate, chosen.num_steps) == best
     np.testing.assert_allclose(chosen.accuracy.mean, grid[best], atol=1e-6)

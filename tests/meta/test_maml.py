@@ -103,7 +103,7 @@ def test_meta_gradient_is_the_closed_form_on_a_quadratic(gradient, num_steps):
     loss_fn = maml_loss(
         quadratic, inner_optimizer=optax.sgd(RATE), num_steps=num_steps, gradient=gradient
     )
-    grads, metrics = gradients(loss_fn)(jnp.asarray(theta), Episode(support, query), KEY)
+    grads, metrics = jax.jit(gradients(loss_fn))(theta, Episode(support, query), KEY)
 
     m = np.linalg.matrix_power(np.eye(4) - RATE * a, num_steps)
     error = support + m @ (theta - support) - query
@@ -115,8 +115,8 @@ def test_meta_gradient_is_the_closed_form_on_a_quadratic(gradient, num_steps):
 def test_without_steps_it_is_the_plain_loss_on_the_query():
     params, task = one_task()
     loss_fn = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=0)
-    expected = gradients(regression)(params, task.query, KEY)
-    assert_close(gradients(loss_fn)(params, task, KEY), expected)
+    expected = jax.jit(gradients(regression))(params, task.query, KEY)
+    assert_close(jax.jit(gradients(loss_fn))(params, task, KEY), expected)
 
 
 def test_first_order_lacks_exactly_the_hessian_term():
@@ -136,10 +136,13 @@ def test_first_order_lacks_exactly_the_hessian_term():
     )
     flat, unravel = jax.flatten_util.ravel_pytree(params)
     hessian = jax.jit(jax.hessian(lambda p: plain_loss(unravel(p), task.support)))(flat)
-    adapted = references.gradient_descent(
-        plain_loss, params, task.support, rate=RATE, num_steps=1
-    )[-1]
-    query_grad = jax.grad(plain_loss)(adapted, task.query)
+
+    @jax.jit
+    def query_gradient(params):
+        path = references.gradient_descent(plain_loss, params, task.support, rate=RATE, num_steps=1)
+        return jax.grad(plain_loss)(path[-1], task.query)
+
+    query_grad = query_gradient(params)
     term = RATE * hessian @ jax.flatten_util.ravel_pytree(query_grad)[0]
     assert_close(first_order, query_grad)
     assert jnp.abs(term).max() > 1e-3
@@ -147,11 +150,9 @@ def test_first_order_lacks_exactly_the_hessian_term():
 
 
 def test_maml_of_maml_equals_nested_plain_code():
-    rng = np.random.default_rng(1)
     params, tasks = example(4)
     a, b = (jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], tasks) for i in (0, 1))
     outer_episode = jax.tree.map(lambda x: x[0], Episode(a, b))
-    del rng
 
     inner = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=1)
     outer = maml_loss(inner, inner_optimizer=optax.sgd(0.05), num_steps=2)
@@ -183,8 +184,8 @@ def test_trainable_equals_a_loop_with_masked_steps(part):
         num_steps=3,
         trainable=lambda path: path.startswith(part),
     )
-    mask = {name: jax.tree.map(lambda x: jnp.full_like(x, name == part), p)
-            for name, p in params.items()}  # fmt: skip
+    mask = jax.tree.map(jnp.zeros_like, params)
+    mask[part] = jax.tree.map(jnp.ones_like, params[part])
 
     def loop(params):
         return references.maml_loop(
@@ -196,42 +197,39 @@ def test_trainable_equals_a_loop_with_masked_steps(part):
     assert all(jnp.any(g != 0) for g in jax.tree.leaves(grads)), "the outer loop moves every leaf"
 
 
-@pytest.mark.parametrize("gradient", ["reverse", "first_order"])
-def test_query_loss_weights_equal_a_loop_over_the_steps(gradient):
+def test_query_loss_weights_equal_a_loop_over_the_steps():
     params, task = one_task()
     weights = np.array([0.5, 0.2, 0.3])
 
-    def meta(weights):
-        loss_fn = maml_loss(
-            regression,
-            inner_optimizer=optax.sgd(RATE),
-            num_steps=3,
-            gradient=gradient,
-            query_loss_weights=weights,
-        )
-        return jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, task, KEY)
-
+    @jax.jit
     def loop(params):
-        def loss(params, batch):
-            grads_of = params if gradient == "reverse" else jax.lax.stop_gradient(params)
-            del grads_of
-            return plain_loss(params, batch)
+        path = references.gradient_descent(plain_loss, params, task.support, rate=RATE, num_steps=3)
+        losses = [plain_loss(p, task.query) for p in path[1:]]
+        first_order = [jax.grad(plain_loss)(p, task.query) for p in path[1:]]
+        return sum(map(jnp.multiply, weights, losses)), first_order
 
-        path = references.gradient_descent(loss, params, task.support, rate=RATE, num_steps=3)
-        return sum(w * plain_loss(p, task.query) for w, p in zip(weights, path[1:], strict=True))
+    (loss, first_order), grads = jax.jit(jax.value_and_grad(loop, has_aux=True))(params)
+    assert_close(weighted_meta_gradient(params, task, weights, "reverse"), (loss, grads))
+    summed = jax.tree.map(lambda *g: sum(map(jnp.multiply, weights, g)), *first_order)
+    assert_close(weighted_meta_gradient(params, task, weights, "first_order"), (loss, summed))
 
-    (loss, _), grads = meta(weights)
-    if gradient == "reverse":
-        assert_close((loss, grads), jax.jit(jax.value_and_grad(loop))(params))
-    else:
-        path = references.gradient_descent(
-            plain_loss, params, task.support, rate=RATE, num_steps=3
-        )
-        each = [jax.grad(plain_loss)(p, task.query) for p in path[1:]]
-        weighted = jax.tree.map(lambda *g: sum(w * x for w, x in zip(weights, g)), *each)
-        assert_close(grads, weighted)
-    last = meta(np.array([0.0, 0.0, 1.0]))
-    assert_close(last, meta(None))
+
+def test_query_loss_weights_all_on_the_last_step_are_plain_maml():
+    params, task = one_task()
+    last = weighted_meta_gradient(params, task, np.array([0.0, 0.0, 1.0]), "reverse")
+    assert_close(last, weighted_meta_gradient(params, task, None, "reverse"))
+
+
+def weighted_meta_gradient(params, task, weights, gradient):
+    loss_fn = maml_loss(
+        regression,
+        inner_optimizer=optax.sgd(RATE),
+        num_steps=3,
+        gradient=gradient,
+        query_loss_weights=weights,
+    )
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, task, KEY)
+    return loss, grads
 
 
 def test_metrics_are_those_of_the_query_after_the_last_step():
@@ -241,18 +239,16 @@ def test_metrics_are_those_of_the_query_after_the_last_step():
         loss, _ = regression(params, batch, key)
         return loss, {"root": jnp.sqrt(loss), "outputs": net(params, batch[0])}
 
-    adapted = references.gradient_descent(
-        plain_loss, params, task.support, rate=RATE, num_steps=2
-    )[-1]
-    expected = with_metric(adapted, task.query, KEY)[1]
+    @jax.jit
+    def loop(params):
+        path = references.gradient_descent(plain_loss, params, task.support, rate=RATE, num_steps=2)
+        return with_metric(path[-1], task.query, KEY)[1]
+
     for weights in (None, np.array([0.9, 0.1])):
         loss_fn = maml_loss(
-            with_metric,
-            inner_optimizer=optax.sgd(RATE),
-            num_steps=2,
-            query_loss_weights=weights,
+            with_metric, inner_optimizer=optax.sgd(RATE), num_steps=2, query_loss_weights=weights
         )
-        assert_close(loss_fn(params, task, KEY)[1], expected)
+        assert_close(jax.jit(loss_fn)(params, task, KEY)[1], loop(params))
 
 
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()])
@@ -283,8 +279,12 @@ def test_predicts_with_another_number_of_steps_than_it_was_trained_with():
         )
         return jax.jit(learner)(params, task.support, inputs, KEY)
 
-    path = references.gradient_descent(plain_loss, params, task.support, rate=RATE, num_steps=5)
-    expected = jnp.stack([net(p, inputs) for p in path])
+    @jax.jit
+    def loop(params):
+        path = references.gradient_descent(plain_loss, params, task.support, rate=RATE, num_steps=5)
+        return jnp.stack([net(p, inputs) for p in path])
+
+    expected = loop(params)
     assert_close(predict(5, True)["outputs"], expected)
     assert_close(predict(2, True)["outputs"], expected[:3])
     assert_close(predict(0, False)["outputs"], expected[0])
@@ -293,13 +293,13 @@ def test_predicts_with_another_number_of_steps_than_it_was_trained_with():
 
 def test_jit_and_vmap_change_nothing():
     params, tasks = example()
-    loss_fn = maml_loss(
-        regression, inner_optimizer=optax.adam(RATE, eps_root=1e-8), num_steps=2
-    )
+    loss_fn = maml_loss(regression, inner_optimizer=optax.adam(RATE, eps_root=1e-8), num_steps=2)
     grad_fn = gradients(loss_fn)
-    one_by_one = [grad_fn(params, task, KEY) for task in unstacked(tasks)]
-    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *one_by_one)
+    jitted = jax.jit(grad_fn)
+    one_by_one = [jitted(params, task, KEY) for task in unstacked(tasks)]
+    assert_close(grad_fn(params, unstacked(tasks)[0], KEY), one_by_one[0])
     vmapped = jax.jit(jax.vmap(grad_fn, in_axes=(None, 0, None)))
+    expected = jax.tree.map(lambda *xs: jnp.stack(xs), *one_by_one)
     assert_close(vmapped(params, tasks, KEY), expected)
 
 
@@ -314,6 +314,7 @@ def test_support_and_query_may_be_any_pytrees():
     rng = np.random.default_rng(0)
     params, support, query = (jnp.asarray(rng.normal(size=s)) for s in [(3, 2), (4, 3), (6, 3)])
     loss_fn = maml_loss(reconstruction, inner_optimizer=optax.sgd(RATE), num_steps=1)
-    loss, _ = loss_fn(params, Episode({"images": support, "unused": support}, query), KEY)
-    grads = jax.grad(lambda p: reconstruction(p, support, KEY)[0])(params)
+    episode = Episode({"images": support, "unused": support}, query)
+    loss, _ = jax.jit(loss_fn)(params, episode, KEY)
+    grads = jax.jit(jax.grad(lambda p: reconstruction(p, support, KEY)[0]))(params)
     assert_close(loss, reconstruction(params - RATE * grads, query, KEY)[0])

@@ -1,0 +1,192 @@
+"""The test of `experiments.few_shot`: its tables and pictures."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+
+from metagen_jax.data.episodes import ClassData
+from metagen_jax.evaluation import baselines, plots
+from metagen_jax.evaluation.few_shot import (
+    Accuracy,
+    Sample,
+    both_modes,
+    evaluate_few_shot,
+    percent,
+)
+from metagen_jax.supervised import cross_entropy_loss
+from metagen_jax.types import MetaParams, Params, PredictFn
+
+VALIDATION_SEED, TEST_SEED = 1, 2
+MODES = ("transductive", "inductive")
+FINE_TUNING_STEPS, FINE_TUNING_RATES = 10, (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+class Subject(NamedTuple):
+    """What is tested.
+
+    Attributes:
+      name: of the learner.
+      predict: `{mode: logits after each step}`.
+      params: what it starts from.
+      pretrained: parameters of a conventional classifier, for the baseline.
+      apply: of the net with one output for each class of an episode.
+    """
+
+    name: str
+    predict: PredictFn
+    params: Params
+    pretrained: Params
+    apply: Callable
+
+
+class Row(NamedTuple):
+    """A line of the table: a method, its steps on the support set, its accuracy by mode."""
+
+    method: str
+    steps: str
+    accuracies: Mapping[str, Accuracy]
+
+
+def report(
+    subject: Subject,
+    samplers: Mapping[int, Sample],
+    val_data: ClassData,
+    test_data: ClassData,
+    *,
+    num_ways: int,
+    num_tasks: int,
+    run_dir: Path,
+) -> dict[str, Any]:
+    """Tests with each number of queries, prints the tables, draws the pictures.
+
+    Args:
+      subject: what is tested.
+      samplers: of episodes, by their queries a class; the first gives the plainly named numbers.
+      val_data: classes on which steps and rates are chosen.
+      test_data: classes of the test.
+      num_ways: classes of an episode.
+      num_tasks: episodes of the test.
+      run_dir: where pictures are written, and where `metrics.jsonl` is.
+
+    Returns:
+      The numbers of the tables; those of later samplers end in `_15_queries` and the like.
+    """
+    numbers: dict[str, Any] = {}
+    for num_queries, sample in samplers.items():
+        suffix = f"_{num_queries}_queries" if numbers else ""
+
+        def evaluate(predict, params, data, seed, count=num_tasks, sample=sample):
+            key = jax.random.key(seed)
+            return evaluate_few_shot(predict, params, sample, data, key=key, num_tasks=count)
+
+        steps = evaluate(subject.predict, subject.params, val_data, VALIDATION_SEED)
+        best = int(steps["transductive"].mean.argmax())
+        learner = evaluate(subject.predict, subject.params, test_data, TEST_SEED)
+        rows = [
+            Row(subject.name, str(step) if step else "none", _at_step(learner, step))
+            for step in range(len(learner["transductive"].mean))
+        ]
+        rows += _baselines(subject, evaluate, val_data, test_data, sample, num_ways, num_tasks)
+        title = f"{num_tasks} episodes of unseen classes, {num_queries} queries a class"
+        _print_table(title, rows, best)
+        found = {
+            "test": rows[best],
+            "before_adaptation": rows[0],
+            "fine_tuned": rows[-2],
+            "nearest_neighbour": rows[-1],
+        }
+        numbers[f"adaptation_steps{suffix}"] = best
+        for name, row in found.items():
+            numbers |= _numbers(name, row, suffix)
+        if not suffix:
+            curves = {f"{subject.name}, {mode}": learner[mode] for mode in MODES}
+            curves |= {rows[-2].method: rows[-2].accuracies["transductive"]}
+            curves |= {rows[-1].method: rows[-1].accuracies["transductive"]}
+            plots.plot_adaptation(curves, run_dir / "adaptation.png", chance=1 / num_ways)
+    _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    plots.plot_learning_curve(map(json.loads, lines), run_dir / "learning_curve.png")
+    print(f"pictures are in {run_dir}: learning_curve.png, adaptation.png, episode.png")
+    return numbers
+
+
+def _baselines(
+    subject: Subject, evaluate: Callable, val_data, test_data, sample: Sample, num_ways, num_tasks
+) -> list[Row]:
+    """Fine-tuning as it does best on validation classes, and nearest neighbours in pixels."""
+    fine_tune = baselines.fine_tune_predict(
+        cross_entropy_loss(subject.apply),
+        both_modes(subject.apply),
+        num_ways=num_ways,
+        num_steps=FINE_TUNING_STEPS,
+        every_step=True,
+    )
+    chosen = baselines.choose_fine_tuning(
+        fine_tune,
+        subject.pretrained,
+        sample,
+        val_data,
+        key=jax.random.key(VALIDATION_SEED),
+        rates=FINE_TUNING_RATES,
+        num_tasks=min(100, num_tasks),
+    )["transductive"]
+    params = MetaParams(subject.pretrained, jnp.float32(chosen.rate))
+    tuned = _at_step(evaluate(fine_tune, params, test_data, TEST_SEED), chosen.num_steps)
+    nearest_predict = baselines.nearest_neighbour_predict(num_ways)
+    nearest = evaluate(nearest_predict, subject.params, test_data, TEST_SEED)
+    return [
+        Row("pretrained, fine-tuned", f"{chosen.num_steps} of {chosen.rate:g}", tuned),
+        Row("nearest neighbour in pixels", "none", dict.fromkeys(MODES, nearest)),
+    ]
+
+
+def _at_step(accuracies: Mapping[str, Accuracy], step: int) -> dict[str, Accuracy]:
+    """The accuracies after so many steps."""
+    return {
+        mode: Accuracy(a.mean[step], a.interval[step], a.per_task[:, step])
+        for mode, a in accuracies.items()
+    }
+
+
+def _numbers(name: str, row: Row, suffix: str) -> dict[str, float]:
+    """`{name}_accuracy`, `{name}_interval` and the same of the inductive mode."""
+    numbers = {}
+    for mode, tail in zip(MODES, ("", "_inductive"), strict=True):
+        numbers[f"{name}_accuracy{tail}{suffix}"] = float(row.accuracies[mode].mean)
+        numbers[f"{name}_interval{tail}{suffix}"] = float(row.accuracies[mode].interval)
+    return numbers
+
+
+def _print_table(title: str, rows: list[Row], best: int) -> None:
+    table = rich.table.Table(
+        title=f"Accuracy on {title}",
+        caption="mean ± 95 % interval; transductive: queries normalised together; inductive: each "
+        "by itself; bold: the number of steps that validated best",
+    )
+    table.add_column("method")
+    table.add_column("steps on the support set")
+    for mode in MODES:
+        table.add_column(mode, justify="right")
+    for i, row in enumerate(rows):
+        cells = [percent(row.accuracies[mode]) for mode in MODES]
+        table.add_row(row.method, row.steps, *cells, style="bold" if i == best else None)
+    rich.console.Console(width=100).print(table)
+
+
+def _draw_episode(subject: Subject, sample: Sample, data: ClassData, best: int, path: Path) -> None:
+    """The first test episode, with what the learner says of its queries."""
+    episode_key, predict_key = jax.random.split(jax.random.fold_in(jax.random.key(TEST_SEED), 0))
+    episode = jax.jit(sample)(episode_key, data)
+    logits = jax.jit(subject.predict)(
+        subject.params, episode.support, episode.query[0], predict_key
+    )["transductive"][best]
+    plots.plot_episode(
+        jax.tree.map(np.asarray, episode), np.asarray(logits.argmax(-1)), path, ink="high"
+    )

@@ -1,0 +1,360 @@
+"""The inner loop against a plain loop of optax, and its table of transformations, in float64."""
+
+import ast
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+import references
+
+import metagen_jax.meta.adapt
+from metagen_jax.gradients import gradients
+from metagen_jax.meta.adapt import adapt
+from metagen_jax.meta.maml import maml_loss
+from metagen_jax.types import Episode
+
+RATE = 0.05
+KEY = jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def example():
+    rng = np.random.default_rng(0)
+    params = {
+        "body": {"kernel": rng.normal(size=(2, 4)), "bias": rng.normal(size=4)},
+        "head": {"kernel": rng.normal(size=(4, 1))},
+    }
+    support = (rng.normal(size=(6, 2)), rng.normal(size=(6, 1)))
+    return jax.tree.map(jnp.asarray, (params, support))
+
+
+def plain_loss(params, batch):
+    x, y = batch
+    hidden = jnp.tanh(x @ params["body"]["kernel"] + params["body"]["bias"])
+    return jnp.mean((hidden @ params["head"]["kernel"] - y) ** 2)
+
+
+def loss_fn(params, batch, key):
+    del key
+    loss = plain_loss(params, batch)
+    return loss, {"root": jnp.sqrt(loss)}
+
+
+def assert_close(actual, expected, rtol=1e-11, atol=1e-12):
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.sgd(RATE),
+        optax.sgd(RATE, momentum=0.9, nesterov=True),
+        optax.adamw(RATE, eps_root=1e-8),
+        optax.sgd(optax.linear_schedule(RATE, 0.0, 3)),
+    ],
+    ids=["sgd", "nesterov", "adamw", "schedule"],
+)
+def test_equals_a_plain_loop_of_optax(optimizer):
+    params, support = example()
+
+    @jax.jit
+    def loop(params):
+        path = references.optimizer_loop(plain_loss, params, [support] * 3, optimizer)
+        return stack(path), jnp.stack([plain_loss(p, support) for p in path[:-1]])
+
+    adapted = jax.jit(
+        lambda params: adapt(
+            gradients(loss_fn),
+            params,
+            support,
+            KEY,
+            optimizer=optimizer,
+            num_steps=3,
+            trajectory=True,
+        )
+    )(params)
+    path, losses = loop(params)
+    assert_close(adapted.trajectory, path)
+    assert_close(adapted.params, jax.tree.map(lambda x: x[-1], path))
+    assert_close(adapted.metrics, {"loss": losses, "root": jnp.sqrt(losses)})
+
+
+def test_each_task_has_an_optimizer_state_of_its_own():
+    params, support = example()
+    supports = jax.tree.map(lambda x: jnp.stack([x, 2 * x, x - 1]), support)
+
+    def adapted(params, support):
+        optimizer = optax.adam(RATE, eps_root=1e-8)
+        return adapt(
+            gradients(loss_fn), params, support, KEY, optimizer=optimizer, num_steps=4
+        ).params
+
+    jitted = jax.jit(adapted)
+    one_by_one = [jitted(params, jax.tree.map(lambda x, t=t: x[t], supports)) for t in range(3)]
+    together = jax.jit(jax.vmap(adapted, in_axes=(None, 0)))(params, supports)
+    assert_close(together, stack(one_by_one))
+    assert_close(adapted(params, support), one_by_one[0])
+
+
+def test_no_steps_give_the_parameters_back():
+    params, support = example()
+    adapted = adapt(
+        gradients(loss_fn),
+        params,
+        support,
+        KEY,
+        optimizer=optax.adam(RATE),
+        num_steps=0,
+        trajectory=True,
+    )
+    assert_close(adapted.params, params, rtol=0, atol=0)
+    assert_close(adapted.trajectory, jax.tree.map(lambda x: x[None], params), rtol=0, atol=0)
+    assert jax.tree.map(jnp.shape, adapted.metrics) == {"loss": (0,), "root": (0,)}
+
+
+def test_every_step_draws_its_own_mini_batch_and_its_own_noise():
+    params, (x, y) = example()
+
+    def batch_at(support, step, key):
+        """Two rows from `2 step` on, shuffled by the key."""
+        rows = jax.random.permutation(key, 2 * step + jnp.arange(2))
+        return jax.tree.map(lambda leaf: leaf[rows], support)
+
+    def noisy_loss(params, batch, key):
+        x, y = batch
+        x = x + 0.1 * jnp.arange(1, 3)[:, None] * jax.random.normal(key, x.shape)
+        return loss_fn(params, (x, y), key)
+
+    adapted = jax.jit(
+        lambda params: adapt(
+            gradients(noisy_loss),
+            params,
+            (x, y),
+            KEY,
+            optimizer=optax.sgd(RATE),
+            num_steps=3,
+            batch_at=batch_at,
+        ).params
+    )(params)
+
+    @jax.jit
+    def loop(params):
+        for step in range(3):
+            batch_key, grad_key = jax.random.split(jax.random.fold_in(KEY, step))
+            batch = batch_at((x, y), step, batch_key)
+            grads = jax.grad(lambda p: noisy_loss(p, batch, grad_key)[0])(params)
+            params = jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+        return params
+
+    assert_close(adapted, loop(params))
+
+
+def test_trainable_moves_what_it_chooses_and_nothing_else():
+    params, support = example()
+    asked = []
+
+    def head_only(path):
+        asked.append(path)
+        return path == "head/kernel"
+
+    def adapted(params):
+        return adapt(
+            gradients(loss_fn),
+            params,
+            support,
+            KEY,
+            optimizer=optax.adam(RATE, eps_root=1e-8),
+            num_steps=3,
+            trainable=head_only,
+            trajectory=True,
+        )
+
+    adapted = jax.jit(adapted)(params)
+    assert set(asked) == {"body/bias", "body/kernel", "head/kernel"}
+    assert_close(adapted.params["body"], params["body"], rtol=0, atol=0)
+
+    @jax.jit
+    def head_loop(head):
+        def head_loss(head, batch):
+            return plain_loss({"body": params["body"], "head": head}, batch)
+
+        optimizer = optax.adam(RATE, eps_root=1e-8)
+        return stack(references.optimizer_loop(head_loss, head, [support] * 3, optimizer))
+
+    path = head_loop(params["head"])
+    assert_close(adapted.trajectory["head"], path)
+    repeated = jax.tree.map(lambda x: jnp.stack([x] * 4), params["body"])
+    assert_close(adapted.trajectory["body"], repeated, rtol=0, atol=0)
+
+
+class Layers(NamedTuple):
+    body: jax.Array
+    head: list
+
+
+def test_trainable_sees_fields_and_indices_as_a_path():
+    asked = []
+    params = Layers(jnp.ones(2), [jnp.ones(2), jnp.ones(2)])
+
+    def loss(params, batch, key):
+        return jnp.sum(params.body * params.head[0] * params.head[1]), {}
+
+    adapted = adapt(
+        gradients(loss),
+        params,
+        None,
+        KEY,
+        optimizer=optax.sgd(RATE),
+        num_steps=1,
+        trainable=lambda path: asked.append(path) or path == "head/1",
+    )
+    assert set(asked) == {"body", "head/0", "head/1"}
+    expected = Layers(jnp.ones(2), [jnp.ones(2), jnp.full(2, 1 - RATE)])
+    assert_close(adapted.params, expected)
+
+
+def test_differentiates_through_the_learning_rate_and_the_support_set():
+    params, support = example()
+
+    @jax.jit
+    def loss_after(rate, support):
+        adapted = adapt(
+            gradients(loss_fn), params, support, KEY, optimizer=optax.sgd(rate), num_steps=3
+        )
+        return plain_loss(adapted.params, example()[1])
+
+    grads = jax.jit(jax.grad(loss_after, argnums=(0, 1)))(jnp.float64(RATE), support)
+    expected = references.finite_differences(lambda a: loss_after(*a), (RATE, support))
+    assert_close(grads, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": -1}, "num_steps is -1; give 0 or more"),
+        ({"gradient": "second_order"}, "gradient is 'second_order'; give \"reverse\" or"),
+        (
+            {"trainable": lambda path: path == "haed/kernel"},
+            r"none of the parameters.*'body/bias', 'body/kernel', 'head/kernel'",
+        ),
+    ],
+)
+def test_refuses_in_one_line(options, message):
+    params, support = example()
+    options = {"optimizer": optax.sgd(RATE), "num_steps": 1} | options
+    with pytest.raises(ValueError, match=message) as error:
+        adapt(gradients(loss_fn), params, support, KEY, **options)
+    assert "\n" not in str(error.value)
+
+
+# What the table's rows are called with beyond a learning rate.
+ARGUMENTS = {
+    "adaptive_grad_clip": [0.1],
+    "add_decayed_weights": [0.1],
+    "clip": [0.1],
+    "clip_by_block_rms": [0.1],
+    "clip_by_global_norm": [0.1],
+    "ema": [0.9],
+    "scale_by_schedule": [optax.cosine_decay_schedule(1.0, 9)],
+    "trace": [0.9],
+}
+WITHOUT_ARGUMENTS = {"centralize", "normalize_by_update_norm", "scale_by_trust_ratio", "zero_nans"}
+FIXED_OPTIONS = {"noisy_sgd": {"key": 0}}
+
+
+def make(name, **options):
+    """The transformation of a row: an optimiser, or one step of a chain that ends in a rate."""
+    module = optax.contrib if name.startswith("contrib.") else optax
+    function = getattr(module, name.removeprefix("contrib."))
+    options = FIXED_OPTIONS.get(name, {}) | options
+    if name in ARGUMENTS or name in WITHOUT_ARGUMENTS:
+        return optax.chain(function(*ARGUMENTS.get(name, []), **options), optax.scale(-RATE))
+    return function(RATE, **options)
+
+
+def table():
+    """`{transformation: (generic point, dead coordinate, zero gradient, remedy)}`."""
+    lines = metagen_jax.meta.adapt.__doc__.splitlines()
+    rows = [[cell.strip() for cell in line.split("|")] for line in lines if "|" in line]
+    return {name.strip(): row[1:] for row in rows[1:] for name in row[0].split(",")}
+
+
+def points():
+    """Parameters and episodes of a linear layer under tanh: the three columns of the table."""
+    rng = np.random.default_rng(1)
+    params = 0.6 * rng.normal(size=(3, 2))
+    x, query_x = rng.normal(size=(2, 5, 3))
+    y, query_y = rng.normal(size=(2, 5, 2))
+    for scale in ([1, 1, 1], [1, 1, 0], [0, 0, 0]):
+        yield jnp.asarray(params), Episode((jnp.asarray(x * scale), y), (query_x, query_y))
+
+
+def measure(optimizer):
+    """What the table should say of a transformation, but for its remedy."""
+
+    def loss(params, batch, key):
+        x, y = batch
+        return jnp.mean((jnp.tanh(x @ params) - y) ** 2), {}
+
+    # Enough steps for radam to change its rule on the way.
+    meta = maml_loss(loss, inner_optimizer=optimizer, num_steps=6)
+    by_params_and_episode = jax.jit(
+        jax.value_and_grad(lambda *args: meta(*args, KEY)[0], argnums=(0, 1)),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    cells = []
+    for params, episode in points():
+        _, (grads, by_episode) = by_params_and_episode(params, episode)
+        if not jnp.isfinite(grads).all():
+            cells.append("nan")
+            continue
+        expected = references.finite_differences(
+            lambda p, episode=episode: by_params_and_episode(p, episode)[0], params
+        )
+        np.testing.assert_allclose(grads, expected, rtol=1e-6, atol=1e-8)
+        # Where the update doesn't depend on the gradient, the support's targets don't matter.
+        flat = not cells and not jnp.any(by_episode.support[1])
+        cells.append("first order" if flat else "exact")
+    return cells
+
+
+@pytest.mark.parametrize("name", table())
+def test_the_table_says_what_is_measured(name):
+    *expected, remedy = table()[name]
+    if expected[0] == "error":
+        with pytest.raises(TypeError, match="missing .* required keyword-only argument"):
+            measure(make(name))
+        return
+    assert measure(make(name)) == expected
+    if "=" in remedy:
+        options = dict(pair.split("=") for pair in remedy.split(", "))
+        cured = make(name, **{key: ast.literal_eval(value) for key, value in options.items()})
+        assert measure(cured) == ["exact"] * 3
+    elif "nan" in expected:
+        assert remedy == "none" or table()[remedy.removeprefix("use ")][:3] == ["exact"] * 3
+    else:
+        assert remedy == ""
+
+
+def test_the_table_is_sorted_and_names_each_transformation_once():
+    lines = [line for line in metagen_jax.meta.adapt.__doc__.splitlines() if "|" in line]
+    names = [name.strip() for line in lines[1:] for name in line.split("|")[0].split(",")]
+    assert len(names) == len(set(names)) == len(table())
+    assert {"sgd", "adam", "lion", "lbfgs", "clip_by_global_norm"} <= set(names)
+    for line in lines[1:]:
+        row = [name.strip() for name in line.split("|")[0].split(",")]
+        assert row == sorted(row)
