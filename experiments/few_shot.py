@@ -38,7 +38,7 @@ from metagen_jax.evaluation import few_shot
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss, maml_predict
 from metagen_jax.nets.conv4 import Conv4, Norm
-from metagen_jax.parallel import data_parallel
+from metagen_jax.parallel import data_parallel, replicate
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import Episode, Params, PredictFn, PRNGKey
@@ -258,13 +258,11 @@ def meta_train(config: Config, data: ClassData, val_data: ClassData) -> Learned:
     optimizer = optax.adam(rate)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = net.init(init_key, ink(data.examples[:1]))
+    grad_fn = data_parallel(mean_over_tasks(gradients(episode_loss), chunk=config.chunk))
+    state, data = replicate((init_state(params, optimizer, train_key), data))
     result = fit(
-        train_step(
-            data_parallel(mean_over_tasks(gradients(episode_loss), chunk=config.chunk)),
-            optimizer,
-            sample_tasks,
-        ),
-        init_state(params, optimizer, train_key),
+        train_step(grad_fn, optimizer, sample_tasks),
+        state,
         data,
         num_steps=config.steps,
         run_dir=config.run_dir,

@@ -1,7 +1,8 @@
 """Few-shot regression of sinusoids: MAML against a pretrained network and an oracle.
 
-    python -m experiments.sinusoid                       # two inner steps, decayed outer rate
-    python -m experiments.sinusoid --preset published    # MAML's own settings
+    python -m experiments.sinusoid                       # one inner step, as published
+    python -m experiments.sinusoid --preset two-steps    # two, with the error after each
+    python -m experiments.sinusoid --preset published    # see below
 
 Finn et al. 2017, section 5.1. A task is a sinusoid of amplitude U[0.1, 5] and phase U[0, pi], seen
 at a few x of U[-5, 5]; the error is the mean squared error of the adapted network at 100 x spread
@@ -37,7 +38,7 @@ from metagen_jax.data.sinusoid import (
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss, maml_predict
 from metagen_jax.nets.mlp import MLP
-from metagen_jax.parallel import data_parallel
+from metagen_jax.parallel import data_parallel, replicate
 from metagen_jax.supervised import squared_error_loss
 from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import Episode, Params
@@ -59,14 +60,14 @@ class Config:
     """Query points of a task, in training."""
     hidden_sizes: tuple[int, ...] = (40, 40)
     """Units of each hidden layer of the network; ReLU."""
-    inner_steps: int = 2
+    inner_steps: int = 1
     """Steps of the inner SGD, in training."""
     inner_rate: float = 0.01
     """Learning rate of the inner SGD, in training and at test."""
-    every_step: bool = True
+    every_step: bool = False
     """Train on the mean of the query errors after each inner step; otherwise on that after the last."""
 
-    steps: int = 50_000
+    steps: int = 30_000
     """Outer steps, of each of the three networks."""
     num_tasks: int = 25
     """Tasks in an outer step."""
@@ -97,7 +98,7 @@ class Config:
 PRESETS = {
     "default": Config(),
     "published": Config(num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False),
-    "smoke": Config(steps=30, num_validation_tasks=20, num_test_tasks=50),
+    "smoke": Config(steps=20, num_validation_tasks=20, num_test_tasks=50),
 }
 
 
@@ -141,9 +142,8 @@ def train(
         num_steps=inner_steps,
         query_loss_weights=uniform if config.every_step and inner_steps else None,
     )
-    grad_fn = data_parallel(
-        mean_over_tasks(gradients(task_loss)), devices=jax.devices()[: config.num_devices]
-    )
+    devices = jax.devices()[: config.num_devices]
+    grad_fn = data_parallel(mean_over_tasks(gradients(task_loss)), devices=devices)
     rate = config.outer_rate
     optimizer = optax.adam(
         optax.cosine_decay_schedule(rate, config.steps) if config.cosine else rate
@@ -157,10 +157,10 @@ def train(
         return jax.vmap(sample_one)(task_keys(key, config.num_tasks))
 
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    inputs = sample_one(init_key).query[0]
+    params = net.init(init_key, sample_one(init_key).query[0])
     return fit(
         train_step(grad_fn, optimizer, sample),
-        init_state(net.init(init_key, inputs), optimizer, train_key),
+        replicate(init_state(params, optimizer, train_key), devices=devices),
         (),
         num_steps=config.steps,
         run_dir=config.run_dir / name,

@@ -109,7 +109,7 @@ def train_step(
         direction, metrics = grad_fn(state.params, batch, grad_key)
         updates, opt_state = optimizer.update(direction, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {**metrics, "gradient_norm": optax.global_norm(direction)}
+        metrics = {**metrics, "gradient_norm": optax.tree.norm(direction)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -73,5 +73,7 @@ def test_squared_error_of_values_worked_by_hand():
 
 
 def test_squared_error_refuses_targets_that_would_be_broadcast():
-    with pytest.raises(ValueError, match=r"targets have shape \(3,\) for outputs of shape \(3, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"targets have shape \(3,\) for outputs of shape \(3, 1\)"
+    ):
         squared_error_loss(identity)(jnp.zeros((3, 1)), (None, jnp.zeros(3)), KEY)

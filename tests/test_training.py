@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -212,20 +213,16 @@ def test_tensorboard_gets_the_same_numbers(whole):
     [("max", [1, 3, 2, 3], 12), ("min", [2, 1, float("nan"), 0], 20), ("max", [4, 3, 2, 1], 6)],
 )
 def test_the_best_parameters_are_kept(tmp_path, direction, numbers, best):
-    seen, script = {}, iter(numbers)
+    steps, seen = (6, 12, 18, 20), {}
 
     def scripted(params):
-        seen[(6, 12, 18, 20)[len(seen)]] = params
-        return {"score": next(script)}
+        step = steps[len(seen)]
+        seen[step] = jax.tree.map(jnp.copy, params)
+        return {"score": numbers[steps.index(step)]}
 
-    seen_params = {}
-    scripted_validate = lambda params: (
-        seen_params.update(last=params),
-        scripted(jax.tree.map(jnp.copy, params)),
-    )[1]  # noqa: E501, E731
-    result = run(tmp_path, validate=scripted_validate, best_metric=("score", direction))
+    result = run(tmp_path, validate=scripted, best_metric=("score", direction))
     assert result.best_step == best
-    assert result.best_validation == {"score": numbers[(6, 12, 18, 20).index(best)]}
+    assert result.best_validation == {"score": numbers[steps.index(best)]}
     assert_same(result.best_params, seen[best])
     assert_same(load_params(tmp_path, PARAMS), seen[best])
     assert saved_steps(tmp_path / BEST)[-1] == best
@@ -320,7 +317,7 @@ def _poisoned(where):
     """A step that goes wrong at step 13: in its loss, its gradient or its parameters alone."""
 
     def grad_fn(params, batch, key):
-        direction, metrics = gradients(loss_fn)(params, batch, key)
+        direction, metrics = gradients(loss_fn)(params, batch[:2], key)
         bad = jnp.where(batch[2] == 12, jnp.nan, 0.0)
         if where == "loss":
             metrics["loss"] += bad
@@ -338,7 +335,7 @@ def _poisoned(where):
     inner = train_step(grad_fn, optimizer, lambda key, data: (*sample(key, data[:2]), data[2]))
 
     def step(state, data):
-        return inner(state, (*data, state.step))
+        return inner(state, (*data, jnp.copy(state.step)))
 
     return step, init_state(PARAMS, optimizer, KEY)
 
@@ -353,7 +350,7 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path, where, sa
     assert "\n" not in message
     if where == "parameters" and save_every == 5:
         # Nothing shows before the next step's loss.
-        assert message.startswith("loss is nan at step 14")
+        assert re.match("loss is (nan|inf) at step 14;", message)
     else:
         assert re.match(rf"(the )?{where} (is nan|are not finite) at step 13;", message)
     steps = saved_steps(tmp_path / LATEST)
@@ -420,7 +417,7 @@ def test_a_checkpoint_of_another_model_names_the_first_difference(tmp_path):
     more = init_state({**PARAMS, "scale": jnp.ones(4)}, OPTIMIZER, KEY)
     with pytest.raises(TrainingError, match=r"params/scale is absent there, float32\[4\] here"):
         run(tmp_path, state=more, num_steps=30, resume=True)
-    with pytest.raises(TrainingError, match=r"opt_state.* is float32\[\d*\] there, absent here"):
+    with pytest.raises(TrainingError, match=r"opt_state/0/count is int32\[\] there, absent here"):
         run(tmp_path, state=init_state(PARAMS, optax.sgd(0.1), KEY), num_steps=30, resume=True)
     with pytest.raises(TrainingError, match="another model"):
         load_params(tmp_path, {"weight": jnp.ones(3)})
@@ -458,8 +455,6 @@ def test_a_damaged_latest_checkpoint_says_so_and_the_one_before_can_be_used(whol
         run(tmp_path, resume=True)
     assert "\n" not in str(raised.value)
     assert saved_steps(tmp_path / LATEST) == [before, newest]
-    import shutil
-
     shutil.rmtree(tmp_path / LATEST / str(newest))
     assert_same(run(tmp_path, resume=True).state, whole[0].state)
     assert lines(tmp_path) == lines(whole[1])
@@ -509,7 +504,7 @@ def test_options_below_one_are_refused(name):
 def test_options_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="best_metric is 'f1' and validate gives"):
         run(None, best_metric=("f1", "max"))
-    with pytest.raises(ValueError, match="best_metric is .*highest"):
+    with pytest.raises(ValueError, match=r"best_metric is .*highest"):
         run(None, best_metric=("accuracy", "highest"))
     with pytest.raises(ValueError, match="resume is True without a run_dir"):
         run(None, resume=True)

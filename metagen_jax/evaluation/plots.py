@@ -208,13 +208,14 @@ def _choose_rows(
     max_shots: int,
 ) -> list[_Row]:
     # Numbers, as letters would be taken for the characters in the pictures.
-    names = class_names or [str(i + 1) for i in range(max(labels.max(), predicted.max()) + 1)]
+    num_ways = 1 + int(max(labels.max(), predicted.max()))
+    names = list(class_names or [str(i + 1) for i in range(num_ways)])
     rows = []
     for label in np.unique(labels)[:max_classes].tolist():
         support = np.flatnonzero(labels == label)[:max_shots].tolist()
         queries = np.flatnonzero(query_labels == label)[: _NUM_COLUMNS - len(support)].tolist()
         errors = {
-            i: _describe_error(names[predicted[i]], names[label])
+            i: _describe_error(names[int(predicted[i])], names[label])
             for i in queries
             if predicted[i] != label
         }
@@ -341,10 +342,10 @@ def _moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.nda
 def _new_figure(width: float, height: float, title: str | None = None):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), facecolor="white", layout=title and "constrained")
+    figure = Figure(figsize=(width, height), facecolor="white")
     if title:
+        figure.set_layout_engine("constrained", h_pad=0.1)
         figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=_TEXT)
-        figure.get_layout_engine().set(h_pad=0.1)
     return figure
 
 

@@ -1,4 +1,38 @@
-"""The inner loop: adapt parameters to one task by a few steps of any optax optimiser."""
+"""The inner loop: adapt parameters to one task by a few steps of any optax optimiser.
+
+The outer gradient after steps of an optax transformation is `exact` (equal to finite differences),
+`nan`, or `flat`: exact, but an update made of signs has a derivative of zero, so that it is what
+`gradient="first_order"` gives. It is so at a generic point; at a dead coordinate, whose gradient is
+zero whatever the parameters (an inactive unit, an embedding that the support set lacks); and where
+all coordinates are dead. With its remedy a row is exact throughout.
+
+    transformation                      | generic | dead  | all   | remedy
+    adabelief, adadelta, adagrad        | exact   | exact | exact |
+    adafactor                           | exact   | exact | nan   | clipping_threshold=None
+    adam, adamw, amsgrad, nadam, nadamw | exact   | nan   | nan   | eps_root=1e-8
+    adamax, adan, add_decayed_weights   | exact   | exact | exact |
+    adaptive_grad_clip                  | exact   | exact | nan   | use clip
+    centralize, clip, ema, fromage      | exact   | exact | exact |
+    clip_by_block_rms                   | exact   | exact | nan   | use clip
+    clip_by_global_norm                 | exact   | exact | nan   | use clip
+    contrib.muon                        | exact   | exact | nan   | none
+    lamb                                | exact   | nan   | nan   | eps_root=1e-8, weight_decay=1e-4
+    lars                                | exact   | exact | nan   | weight_decay=1e-4
+    lbfgs, polyak_sgd                   | error   |       |       | none: they ask for the loss
+    lion, rprop, sign_sgd, signum       | flat    | exact | exact |
+    noisy_sgd                           | exact   | exact | exact |
+    normalize_by_update_norm, novograd  | exact   | exact | nan   | none
+    optimistic_adam_v2                  | exact   | nan   | nan   | eps_root=1e-8
+    optimistic_gradient_descent         | exact   | exact | exact |
+    radam                               | nan     | nan   | nan   | none
+    rmsprop, scale_by_schedule, sgd     | exact   | exact | exact |
+    scale_by_trust_ratio                | exact   | exact | nan   | none
+    sm3, trace, yogi                    | exact   | exact | exact |
+
+Near a zero gradient of a coordinate that is not dead, the derivative of Adam's update grows to the
+rate over `eps`, 1e8 times the rate by default, and drowns the outer gradient; with `eps_root` it
+stays below the rate over `sqrt(eps_root)`.
+"""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -54,7 +88,7 @@ def adapt(
       grad_fn: the direction of one step, most often `gradients(loss_fn)`.
       params: the initialisation theta_0.
       support: the examples of one task, any pytree of arrays.
-      key: step `i` gets `fold_in(key, i)`.
+      key: step `i` splits `fold_in(key, i)` in two, for `batch_at` and for `grad_fn`.
       optimizer: any optax transformation; the module's table says which are safe to differentiate
         through.
       num_steps: how many steps; 0 gives `params` back.

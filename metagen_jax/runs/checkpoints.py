@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ from metagen_jax.runs.errors import TrainingError, import_extra, one_line, writi
 from metagen_jax.types import Params
 
 Tree = TypeVar("Tree")
+State = TypeVar("State", bound="RunState")
 Folder = str | os.PathLike[str]
 
 LATEST = Path("checkpoints", "latest")
@@ -37,6 +38,15 @@ BEST = Path("checkpoints", "best")
 _NUM_KEPT = 2
 _SECONDS_TO_SETTLE = 0.5
 _UNFINISHED = ".orbax-checkpoint-tmp"
+
+
+class RunState(Protocol):
+    """What a run needs of its state: `metagen_jax.training.TrainState` or the like, a pytree."""
+
+    @property
+    def step(self) -> jax.Array: ...
+    @property
+    def params(self) -> Params: ...
 
 
 def load_params(run_dir: Folder, like: Params) -> Params:
@@ -60,7 +70,7 @@ def load_params(run_dir: Folder, like: Params) -> Params:
     return restore_checkpoint(folder / str(steps[-1]), like)[0]
 
 
-def restore_run(run_dir: Path, state: Tree) -> tuple[Tree, Params | None, dict[str, Any]] | None:
+def restore_run(run_dir: Path, state: State) -> tuple[State, Params | None, dict[str, Any]] | None:
     """The latest state of a run, its best parameters as NumPy arrays, and its record.
 
     Args:
@@ -74,16 +84,15 @@ def restore_run(run_dir: Path, state: Tree) -> tuple[Tree, Params | None, dict[s
       TrainingError: a checkpoint can't be read or is of another model.
     """
     latest, best = run_dir / LATEST, run_dir / BEST
-    restored = None
+    restored, best_step = None, None
     if steps := saved_steps(latest):
-        restored, record = restore_checkpoint(latest / str(steps[-1]), state)
+        newest, record = restore_checkpoint(latest / str(steps[-1]), state)
         best_step, best_params = record["best_step"], None
         if best_step is not None:
-            best_params, _ = restore_checkpoint(best / str(best_step), state.params)
-        restored = restored, to_host(best_params), record
+            best_params = to_host(restore_checkpoint(best / str(best_step), state.params)[0])
+        restored = newest, best_params, record
     # Parameters of a later step were kept by a process that was killed before it could say so.
-    newest = -1 if restored is None or best_step is None else best_step
-    _remove(best, [step for step in saved_steps(best) if step > newest])
+    _remove(best, [step for step in saved_steps(best) if best_step is None or step > best_step])
     return restored
 
 
@@ -259,7 +268,7 @@ def _without_empty(tree: Any) -> Any:
 def _checksum(tree: Any) -> int:
     checksum = 0
     for x in jax.tree.leaves(tree):
-        checksum = zlib.crc32(np.ascontiguousarray(x).view(np.uint8), checksum)
+        checksum = zlib.crc32(np.ascontiguousarray(x).view(np.uint8).data, checksum)
     return checksum
 
 

@@ -6,21 +6,25 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from metagen_jax.runs.checkpoints import LATEST, restore_run, save_run, saved_steps, to_host
+from metagen_jax.runs.checkpoints import (
+    LATEST,
+    RunState,
+    State,
+    restore_run,
+    save_run,
+    saved_steps,
+    to_host,
+)
 from metagen_jax.runs.errors import TrainingError, import_extra
 from metagen_jax.runs.history import BestMetric, History
 from metagen_jax.runs.log import RunLog, has_log
 from metagen_jax.runs.progress import ProgressBar, describe_metrics
 from metagen_jax.types import Metrics, Params
-
-State = TypeVar("State")
-"""A `metagen_jax.training.TrainState`, or any NamedTuple with its `step` and `params`."""
 
 # Unless told otherwise a checkpoint is written once a minute, or less often where writing one takes
 # so long that it would cost more than 2 % of the time.
@@ -152,7 +156,7 @@ class Loop:
         pause = max(_SAVE_SECONDS, self.seconds_to_save / _SAVE_SHARE)
         return time.perf_counter() - self.last_save > pause
 
-    def save(self, step: int, state: State) -> None:
+    def save(self, step: int, state: RunState) -> None:
         """Writes a checkpoint, unless the parameters are not worth it."""
         begin = time.perf_counter()
         host = to_host(state)

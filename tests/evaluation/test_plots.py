@@ -107,7 +107,7 @@ def test_what_is_not_drawn_is_said(drawn, size, expected):
 
 def test_long_class_names_are_shortened_to_fit(drawn):
     episode = an_episode(3, 1, 10, channels=3)
-    names = ["a sulphur-crested cockatoo", "widescreen monitors", "WWWWWWWW"]
+    names = ["a sulphur-crested cockatoo", "widescreen monitors", "mushrooms"]
     predicted = (episode.query[1] + 1) % 3
     plot_episode(episode, predicted, "x.png", class_names=names)
     assert "predicted\nwidescreen…" in texts(drawn[0])
@@ -144,16 +144,13 @@ def test_predictions_must_match_the_queries():
         plot_episode(episode, np.zeros((25, 5)), "x.png")
 
 
-def records(num_steps=100, **validation):
-    training = [
-        {"step": i, "loss": 2 / i + (i % 2), "accuracy": 1 - 1 / i} for i in range(1, num_steps + 1)
-    ]
-    return training + [{"step": i, "validation_accuracy": a} for i, a in validation.items()]
-
-
 def test_the_learning_curve_smooths_training_and_names_the_best_validation(drawn):
     validation = [{"step": s, "validation_accuracy": a} for s, a in [(50, 0.9), (100, 0.8)]]
-    plot_learning_curve([*records(), *validation], "x.png", title="A run")
+    training = [
+        {"step": i, "loss": 2 / i + i % 2, "accuracy": 1 - 1 / i, "gradient_norm": 1.0}
+        for i in range(1, 101)
+    ]
+    plot_learning_curve([*training, *validation], "x.png", title="A run")
     (figure,) = drawn
     loss, accuracy = figure.axes
     raw, smooth = (line.get_ydata() for line in loss.lines)

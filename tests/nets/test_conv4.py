@@ -1,0 +1,204 @@
+"""Conv4's shapes, its norms against flax and NumPy, and its second-order step with max-pooling."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+from flax import linen as nn
+
+import metagen_jax.nets.conv4
+from metagen_jax.gradients import gradients
+from metagen_jax.meta.maml import maml_loss
+from metagen_jax.nets.conv4 import BatchNorm, Conv4
+from metagen_jax.supervised import cross_entropy_loss
+from metagen_jax.types import Episode
+
+KEY = jax.random.key(0)
+
+
+def random(*shape, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+
+
+def parameter_shapes(net, image_shape):
+    params = jax.eval_shape(net.init, KEY, jnp.zeros((1, *image_shape)))["params"]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+@pytest.mark.parametrize(
+    ("strided", "image_shape", "features"),
+    [(True, (28, 28, 1), 64), (False, (28, 28, 1), 64), (False, (84, 84, 3), 1600)],
+)
+def test_has_flax_shaped_parameters_under_names_that_trainable_can_choose(
+    strided, image_shape, features
+):
+    shapes = parameter_shapes(Conv4(5, strided=strided), image_shape)
+    expected = {"head/kernel": (features, 5), "head/bias": (5,)}
+    for block in range(4):
+        expected[f"conv{block}/kernel"] = (3, 3, 64 if block else image_shape[-1], 64)
+        for name in (f"conv{block}/bias", f"norm{block}/scale", f"norm{block}/bias"):
+            expected[name] = (64,)
+    assert shapes == expected
+
+
+def test_has_as_many_parameters_as_maml_s_omniglot_net():
+    """`640 + 3 * 36928` of convolutions, `4 * 128` of norms, `65 * 5` of the head."""
+    assert sum(map(np.prod, parameter_shapes(Conv4(5), (28, 28, 1)).values())) == 112_261
+
+
+def test_without_outputs_gives_the_features_that_the_head_sees():
+    images = random(3, 16, 16, 1)
+    for strided in (True, False):
+        net = Conv4(2, num_filters=8, strided=strided)
+        variables = jax.jit(net.init)(KEY, images)
+        features = Conv4(None, num_filters=8, strided=strided).apply(variables, images)
+        head = variables["params"]["head"]
+        expected = features @ head["kernel"] + head["bias"]
+        np.testing.assert_allclose(net.apply(variables, images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strided", [True, False])
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])
+def test_equals_the_same_net_written_with_flax(norm, strided):
+    images = random(3, 17, 16, 2)
+    net = Conv4(5, num_filters=8, strided=strided, norm=norm)
+    variables = jax.jit(net.init)(KEY, images)
+    # Scales and biases away from one and zero, so that leaving one out shows.
+    params = jax.tree.map(lambda p: p + 0.1 * random(*p.shape, seed=1), variables["params"])
+    flax_norms = {
+        "batch": nn.BatchNorm(use_running_average=False, epsilon=1e-3),
+        "group": nn.GroupNorm(num_groups=8),
+        "layer": nn.LayerNorm(reduction_axes=(1, 2, 3)),
+        "none": None,
+    }
+
+    @jax.jit
+    def expected(params, x):
+        for block in range(4):
+            conv = nn.Conv(8, (3, 3), 2 if strided else 1)
+            x = conv.apply({"params": params[f"conv{block}"]}, x)
+            if norm != "none":
+                of_norm = {"params": params[f"norm{block}"]}
+                x = flax_norms[norm].apply(of_norm, x, **moving_averages(norm))
+            x = jnp.maximum(x, 0)
+            x = x if strided else nn.max_pool(x, (2, 2), (2, 2))
+        x = x.mean((1, 2)) if strided else x.reshape(3, -1)
+        return x @ params["head"]["kernel"] + params["head"]["bias"]
+
+    def moving_averages(norm):
+        return {"mutable": ["batch_stats"]} if norm == "batch" else {}
+
+    if norm == "batch":
+        stats = {"batch_stats": {"mean": jnp.zeros(8), "var": jnp.ones(8)}}
+        flax_norms["batch"] = _WithoutAverages(flax_norms["batch"], stats)
+    actual = net.apply({"params": params}, images)
+    np.testing.assert_allclose(actual, expected(params, images), rtol=1e-4, atol=1e-4)
+
+
+class _WithoutAverages:
+    """flax's batch norm as a function of the batch alone."""
+
+    def __init__(self, module, stats):
+        self.module, self.stats = module, stats
+
+    def apply(self, variables, x, mutable):
+        return self.module.apply(variables | self.stats, x, mutable=mutable)[0]
+
+
+@pytest.mark.parametrize("num_reference", [None, 4])
+def test_batch_norm_equals_numpy_in_value_and_gradient(num_reference):
+    with jax.enable_x64(True):
+        x = random(6, 3, 2, 5, dtype=np.float64) * 3 + 1
+        params = {"scale": random(5, seed=1, dtype=np.float64), "bias": np.arange(5.0)}
+        weights = random(6, 3, 2, 5, seed=2, dtype=np.float64)
+
+        @jax.jit
+        def loss(params, x):
+            y = BatchNorm().apply({"params": params}, x, num_reference)
+            return jnp.sum(weights * y), y
+
+        def in_numpy(params, x):
+            y = references.batch_norm(x, **params, epsilon=1e-3, num_reference=num_reference)
+            return np.sum(weights * y)
+
+        (total, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        expected = references.batch_norm(x, **params, epsilon=1e-3, num_reference=num_reference)
+        np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(total, in_numpy(params, x), rtol=1e-10)
+        numerical = references.finite_differences(lambda a: in_numpy(*a), (params, x))
+        chex.assert_trees_all_close(grads, numerical, rtol=1e-5, atol=1e-7)
+
+
+def test_batch_norm_is_finite_for_a_constant_batch():
+    x = jnp.full((4, 5), 3.0)
+    variables = BatchNorm().init(KEY, x)
+    y, grads = jax.value_and_grad(lambda x: BatchNorm().apply(variables, x).sum())(x)
+    assert y == 0
+    assert jnp.isfinite(grads).all()
+
+
+def test_images_after_the_reference_are_answered_one_by_one():
+    """Inductive prediction: an answer depends on the support images and its own, on no other."""
+    net = Conv4(3, num_filters=8)
+    support, queries = random(5, 16, 16, 1), random(4, 16, 16, 1, seed=1)
+    variables = jax.jit(net.init)(KEY, support)
+
+    def answer(queries, num_reference):
+        both = np.concatenate([support, queries])
+        return net.apply(variables, both, num_reference=num_reference)[5:]
+
+    alone = np.concatenate([answer(query[None], 5) for query in queries])
+    np.testing.assert_allclose(answer(queries, 5), alone, rtol=1e-4, atol=1e-5)
+    transductive = np.concatenate([answer(query[None], None) for query in queries])
+    assert np.abs(answer(queries, None) - transductive).max() > 1e-2
+
+
+def test_second_order_step_with_max_pooling_is_exact_under_jit(monkeypatch):
+    """In float64, where a pooling that XLA fuses wrongly gave NaN: with and without jit, and with
+    `reduce_window`. Norm "none" leaves exact zeros after ReLU, hence ties in most blocks."""
+    with jax.enable_x64(True):
+        net = Conv4(2, num_filters=4, strided=False, norm="batch")
+        images = random(2, 4, 16, 16, 1, dtype=np.float64)
+        labels = np.array([0, 0, 1, 1])
+        params = jax.jit(net.init)(KEY, images[0])
+        params = jax.tree.map(lambda p: p.astype(jnp.float64), params)
+        episode = Episode((images[0], labels), (images[1], labels))
+
+        def meta_gradient(jit):
+            # New functions each time: compiled ones would keep the pooling they were traced with.
+            loss_fn = cross_entropy_loss(lambda p, x: net.apply(p, x))
+            grad_fn = gradients(maml_loss(loss_fn, inner_optimizer=optax.sgd(0.4), num_steps=1))
+            return (jax.jit(grad_fn) if jit else grad_fn)(params, episode, KEY)
+
+        compiled, eager = meta_gradient(jit=True), meta_gradient(jit=False)
+        monkeypatch.setattr(
+            metagen_jax.nets.conv4, "max_pool_2x2", lambda x: nn.max_pool(x, (2, 2), (2, 2))
+        )
+        reduce_window = meta_gradient(jit=True)
+        chex.assert_tree_all_finite(compiled)
+        chex.assert_trees_all_close(compiled, eager, rtol=1e-9, atol=1e-11)
+        chex.assert_trees_all_close(compiled, reduce_window, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "message"),
+    [
+        (
+            {"norm": "btach"},
+            16,
+            r"norm is 'btach'; give \"batch\", \"group\", \"layer\" or \"none\"",
+        ),
+        ({"strided": False}, 15, "15x16 pixels; four max-pools need at least 16 a side"),
+        ({"norm": "group", "num_filters": 12}, 16, "12 filters .* 8 groups"),
+    ],
+)
+def test_refuses_in_one_line(options, size, message):
+    with pytest.raises(ValueError, match=message) as error:
+        jax.eval_shape(Conv4(5, **options).init, KEY, jnp.zeros((1, size, 16, 1)))
+    assert "\n" not in str(error.value)

@@ -1,0 +1,151 @@
+"""The convolution equals flax's and a loop's to second order; max-pooling is exact with ties."""
+
+import itertools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references
+from flax import linen as nn
+
+from metagen_jax.nets.convolution import Conv, convolve, max_pool_2x2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def assert_close(actual, expected, rtol=1e-11, atol=1e-11):
+    chex.assert_trees_all_close(actual, expected, rtol=rtol, atol=atol)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def to_second_order(module):
+    """Value, gradient and a product with the Hessian of a smooth loss of a module's outputs."""
+
+    def loss(params, images):
+        return jnp.sum(jnp.tanh(module.apply({"params": params}, images)) ** 2)
+
+    def function(params, images, direction):
+        def slope(params, images):
+            grads = jax.grad(loss, argnums=(0, 1))(params, images)
+            return sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), grads, direction)))
+
+        first = jax.value_and_grad(loss, argnums=(0, 1))(params, images)
+        return module.apply({"params": params}, images), first, jax.grad(slope)(params, images)
+
+    return jax.jit(function)
+
+
+# Images of odd height and even width: both parities of "SAME" padding in one.
+@pytest.mark.parametrize(
+    ("kernel_size", "strides"),
+    [
+        *itertools.product([(1, 1), (3, 3), (5, 5)], [(1, 1), (2, 2)]),
+        ((2, 3), (2, 1)),
+        ((4, 1), (1, 3)),
+    ],
+)
+def test_equals_flax_in_outputs_gradients_and_second_order_gradients(kernel_size, strides):
+    images = random(2, 7, 8, 3)
+    flax = nn.Conv(4, kernel_size, strides, padding="SAME", param_dtype=jnp.float64)
+    params = {"kernel": random(*kernel_size, 3, 4, seed=1) / 3, "bias": random(4, seed=2)}
+    direction = (jax.tree.map(lambda x: x + 0.5, params), random(2, 7, 8, 3, seed=3))
+    ours = to_second_order(Conv(4, kernel_size, strides))(params, images, direction)
+    assert_close(ours, to_second_order(flax)(params, images, direction))
+    plain = references.convolve_same(images, params["kernel"], strides) + params["bias"]
+    assert_close(ours[0], plain)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_equals_a_loop_on_images_smaller_than_the_kernel(size):
+    images, kernel = random(1, size, 5 - size, 2), random(5, 5, 2, 3, seed=1)
+    for strides in ((1, 1), (2, 2)):
+        assert_close(
+            convolve(images, kernel, strides=strides),
+            references.convolve_same(images, kernel, strides),
+        )
+
+
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_initial_parameters_are_flax_s(use_bias):
+    images = jnp.zeros((1, 5, 5, 3))
+    ours = Conv(6, (3, 2), use_bias=use_bias).init(jax.random.key(3), images)
+    flax = nn.Conv(6, (3, 2), use_bias=use_bias).init(jax.random.key(3), images)
+    chex.assert_trees_all_equal(ours, flax)
+    assert ours["params"]["kernel"].shape == (3, 2, 3, 6)
+
+
+def test_in_float32_it_equals_flax_to_rounding():
+    images = random(4, 9, 9, 8).astype(np.float32)
+    variables = nn.Conv(16, (3, 3)).init(jax.random.key(0), images)
+    expected = nn.Conv(16, (3, 3)).apply(variables, images)
+    actual = Conv(16).apply(variables, images)
+    assert actual.dtype == jnp.float32
+    assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_over_kernels_equals_a_loop_and_needs_no_grouped_convolution():
+    images, kernels = random(3, 2, 5, 6, 2), random(3, 3, 3, 2, 4, seed=1)
+
+    def gradient(images, kernel):
+        return jax.grad(lambda k: jnp.sum(convolve(images, k, strides=(2, 2)) ** 3))(kernel)
+
+    vmapped = jax.jit(jax.vmap(gradient))
+    one = jax.jit(gradient)
+    loop = jnp.stack([one(x, k) for x, k in zip(images, kernels, strict=True)])
+    assert_close(vmapped(images, kernels), loop)
+    assert "feature_group_count" not in vmapped.lower(images, kernels).as_text()
+
+
+def blocks_with_ties():
+    """Images of -1, 0 and 1, so that nearly all blocks have ties; one image is constant."""
+    images = np.random.default_rng(0).integers(-1, 2, size=(3, 7, 10, 2)).astype(np.float64)
+    images[0] = 0.0
+    return images
+
+
+POOLED = {
+    "ties": blocks_with_ties,
+    "relu": lambda: np.maximum(random(3, 7, 10, 2), 0),
+    "generic": lambda: random(2, 8, 8, 3),
+}
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_max_pool_sends_value_and_gradient_where_reduce_window_does(kind):
+    images = POOLED[kind]()
+    values, first = references.max_pool_2x2(images)
+    weights = random(*values.shape, seed=1)
+    expected = np.zeros_like(images)
+    for b, y, x, c in np.ndindex(values.shape):
+        row, column = first[b, y, x, c]
+        expected[b, row, column, c] = weights[b, y, x, c]
+
+    def flax(images):
+        return nn.max_pool(images, (2, 2), (2, 2))
+
+    for pool in (max_pool_2x2, flax):
+        assert_close(pool(images), values, rtol=0, atol=0)
+        grad = jax.jit(jax.grad(lambda x, pool=pool: jnp.sum(pool(x) * weights)))
+        assert_close(grad(images), expected, rtol=0, atol=0)
+
+
+def test_max_pool_shows_a_nan_in_any_corner():
+    for corner in np.ndindex(2, 2):
+        images = np.zeros((1, 2, 2, 1))
+        images[0, *corner, 0] = np.nan
+        assert np.isnan(max_pool_2x2(images)).all()
+
+
+def test_max_pool_under_vmap_is_a_loop():
+    images = np.stack([blocks_with_ties(), -blocks_with_ties()])
+    loop = [references.max_pool_2x2(x)[0] for x in images]
+    assert_close(jax.vmap(max_pool_2x2)(images), np.stack(loop), rtol=0, atol=0)
