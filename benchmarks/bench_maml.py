@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_maml [--smoke]
 
-Conv4-64 strided, 5-way 1-shot, 5 queries a class, 32 tasks, 1 inner step, float32. First all variants
-must give the same loss and meta-gradient; then they are timed in turns, several rounds, and the
-table holds medians. Writes `benchmarks/results/bench_maml.json`.
+Conv4-64 strided, 5-way 1-shot, 5 queries a class, 32 tasks, 1 inner step, float32. First all
+variants must give the same loss and meta-gradient; then they are timed in turns, several rounds,
+and the table holds medians. Writes `benchmarks/results/bench_maml.json`.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def variants(num_filters: int) -> dict[str, GradFn]:
 
 
 def check_equal(steps: dict[str, Callable], params, batch: Episode, key) -> float:
-    """The largest difference of any meta-gradient from the first variant's, relative to its norm."""
+    """The largest distance of a meta-gradient from the first variant's, relative to its norm."""
     (reference, metrics), *others = [step(params, batch, key) for step in steps.values()]
     worst = 0.0
     for direction, other_metrics in others:
@@ -105,7 +105,7 @@ def seconds(step: Callable, *arguments) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few filters and tasks, one round")
     smoke = parser.parse_args().smoke
     num_tasks, num_filters, rounds = (4, 8, 1) if smoke else (32, 64, 7)

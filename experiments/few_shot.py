@@ -117,8 +117,8 @@ class Config:
     """Go on from the last checkpoint of the run's folder."""
 
 
-# Published: 60,000 steps; 5-way 1 inner step at 0.4, 20-way 5 at 0.1; Adam at 1e-3; as many queries as
-# shots, at test as well. Here fewer steps at a higher, decaying rate, and one inner step throughout.
+# Published: 60,000 steps; 5-way 1 inner step at 0.4, 20-way 5 at 0.1; Adam at 1e-3; as many queries
+# as shots, at test as well. Here fewer steps at a higher, decaying rate, and one inner step.
 _OMNIGLOT = Config(
     dataset="omniglot",
     num_queries=1,
@@ -301,13 +301,13 @@ def main(config: Config) -> dict[str, Any]:
     """Meta-trains, tests, prints the tables, draws the pictures; gives the numbers by name."""
     splits = load_splits(config)
     num_queries = max(config.num_queries, *config.test_queries)
-    data = ClassSplit(*(to_class_data(config, images, num_queries) for images in splits))
-    describe = " / ".join(str(len(part.sizes) * config.rotations) for part in data)
+    train, val, test = (to_class_data(config, images, num_queries) for images in splits)
+    describe = " / ".join(str(len(part.sizes) * config.rotations) for part in (train, val, test))
     print(f"{config.dataset}: {describe} classes for training / validation / test")
     print(f"meta-training by {config.learner}")
-    learned = meta_train(config, data.train, data.val)
+    learned = meta_train(config, train, val)
     print("pretraining a classifier of all training classes, to fine-tune as a baseline")
-    pretrained = pretrain(config, data.train)
+    pretrained = pretrain(config, train)
     numbers: dict[str, Any] = {
         "num_tasks": config.num_test_tasks,
         "best_step": learned.result.best_step,
@@ -324,8 +324,8 @@ def main(config: Config) -> dict[str, Any]:
             apply=make_net(config, config.num_ways).apply,
         ),
         {num_queries: sampler(config, num_queries) for num_queries in config.test_queries},
-        data.val,
-        data.test,
+        val,
+        test,
         num_ways=config.num_ways,
         num_tasks=config.num_test_tasks,
         run_dir=config.run_dir,

@@ -109,8 +109,8 @@ def report(
             curves = {f"{subject.name}, {mode}": learner[mode] for mode in MODES}
             curves |= {rows[-2].method: rows[-2].accuracies["transductive"]}
             curves |= {rows[-1].method: rows[-1].accuracies["transductive"]}
+            _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
             plots.plot_adaptation(curves, run_dir / "adaptation.png", chance=1 / num_ways)
-    _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(map(json.loads, lines), run_dir / "learning_curve.png")
     print(f"pictures are in {run_dir}: learning_curve.png, adaptation.png, episode.png")

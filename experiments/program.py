@@ -227,8 +227,9 @@ def is_user_error(error: ValueError) -> bool:
 @contextlib.contextmanager
 def _one_line_errors():
     """Turns the box that tyro draws around an error into a ValueError of one line."""
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+        with contextlib.redirect_stderr(stderr):
             yield
     except SystemExit as leaving:
         if not leaving.code:

@@ -13,7 +13,7 @@ and phase and does not adapt. Writes `result.json`, `sinusoid.png`, metrics and 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,7 +48,7 @@ PRETRAINED_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 COLUMNS = (0, 1, 2, 5, 10)
 # Of the tasks of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002
-# A network that answers with an error above this has diverged: twice the largest amplitude, squared.
+# A network with an error above this has diverged: twice the largest amplitude, squared.
 DIVERGED = (2 * AMPLITUDES[1]) ** 2
 
 
@@ -65,7 +65,7 @@ class Config:
     inner_rate: float = 0.01
     """Learning rate of the inner SGD, in training and at test."""
     every_step: bool = False
-    """Train on the mean of the query errors after each inner step; otherwise on that after the last."""
+    """Train on the mean of the query errors after each inner step, or on that after the last."""
 
     steps: int = 30_000
     """Outer steps, of each of the three networks."""
@@ -338,7 +338,9 @@ def draw(
     (support_x, support_y), (query_x, _) = task.episode
     answers = predict(net, params, task.episode, config.inner_rate, num_steps=config.test_steps)
     x = np.linspace(*INPUTS, 400)
-    right.plot(x, sinusoid(x, task.amplitude, task.phase), color="C3", label="true curve")
+    right.plot(
+        x, sinusoid(jnp.asarray(x), task.amplitude, task.phase), color="C3", label="true curve"
+    )
     for step, style in ((0, ":"), (1, "--"), (config.test_steps, "-")):
         label = "before adaptation" if step == 0 else f"after {step} step{'s' * (step > 1)}"
         shade = 0.4 + 0.6 * step / config.test_steps

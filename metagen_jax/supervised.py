@@ -1,14 +1,15 @@
 """Losses of labelled examples, the ones that a learner most often adapts by."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array
 
 from metagen_jax.types import Batch, LossFn, Metrics, Params, PRNGKey
 
-Apply = Callable[[Params, PyTree], Array]
+Apply = Callable[..., Any]
 """`apply(params, inputs) -> outputs`, such as the `apply` of a flax module."""
 
 
@@ -55,8 +56,8 @@ def squared_error_loss(apply: Apply) -> LossFn:
         outputs = apply(params, inputs)
         if jnp.shape(targets) != outputs.shape:
             raise ValueError(
-                f"the targets have shape {jnp.shape(targets)} for outputs of shape {outputs.shape}; "
-                "give them the same shape"
+                f"the targets have shape {jnp.shape(targets)} for outputs of shape "
+                f"{outputs.shape}; give them the same shape"
             )
         return jnp.square(outputs - targets).mean(), {}
 

@@ -176,9 +176,9 @@ def choose_fine_tuning(
                 "each number of steps; make it with every_step=True"
             )
         rate, step = np.unravel_index(grid.argmax(), grid.shape)
-        of_rate = accuracies[rate]
+        of_rate = accuracies[int(rate)]
         chosen = Accuracy(of_rate.mean[step], of_rate.interval[step], of_rate.per_task[:, step])
-        return FineTuning(float(rates[rate]), int(step), chosen)
+        return FineTuning(float(rates[int(rate)]), int(step), chosen)
 
     return jax.tree.map(best, *runs, is_leaf=lambda x: isinstance(x, Accuracy))
 

@@ -98,7 +98,7 @@ def evaluate_few_shot(
     return jax.tree.map(accuracy_over_tasks, correct)
 
 
-def accuracy_over_tasks(per_task: Float[Array, "tasks *steps"]) -> Accuracy:
+def accuracy_over_tasks(per_task: Float[np.ndarray, "tasks *steps"]) -> Accuracy:
     """Mean and 95 % interval, `1.96 s / sqrt(tasks)`, s with `tasks - 1` degrees of freedom."""
     per_task = np.asarray(per_task, np.float64)
     spread = per_task.std(axis=0, ddof=1)
@@ -111,7 +111,7 @@ def percent(accuracy: Accuracy, step: int | tuple[int, ...] = ()) -> str:
     return f"{100 * mean:.2f} ± {100 * interval:.2f} %"
 
 
-def transductive(apply: Callable[..., Array]) -> Predict:
+def transductive(apply: Callable[..., Any]) -> Predict:
     """Predicts queries as one batch: batch norm takes its statistics from all of them.
 
     Args:
@@ -128,7 +128,7 @@ def transductive(apply: Callable[..., Array]) -> Predict:
     return predict_fn
 
 
-def inductive(apply: Callable[..., Array]) -> Predict:
+def inductive(apply: Callable[..., Any]) -> Predict:
     """Predicts each query by itself: batch norm takes its statistics from the support set.
 
     Args:
@@ -147,7 +147,7 @@ def inductive(apply: Callable[..., Array]) -> Predict:
     return predict_fn
 
 
-def both_modes(apply: Callable[..., Array]) -> Predict:
+def both_modes(apply: Callable[..., Any]) -> Predict:
     """`{"transductive": logits, "inductive": logits}` of the same adapted parameters."""
     modes = {"transductive": transductive(apply), "inductive": inductive(apply)}
 

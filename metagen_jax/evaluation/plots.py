@@ -104,8 +104,10 @@ def plot_adaptation(
                 range(len(mean)), mean, interval, color=colour, marker="o", ms=4, capsize=3
             )
         else:
-            axes.axhspan(mean - interval, mean + interval, color=colour, alpha=0.15, lw=0)
-            axes.axhline(mean, color=colour, ls="--")
+            axes.axhspan(
+                float(mean - interval), float(mean + interval), color=colour, alpha=0.15, lw=0
+            )
+            axes.axhline(float(mean), color=colour, ls="--")
         end, width = mean.reshape(-1)[-1], interval.reshape(-1)[-1]
         labels.append((float(end), f"{name}  {end:.1f} ± {width:.1f} %", colour))
     if chance is not None:

@@ -5,8 +5,6 @@ slower than one matrix product a task. Here a convolution is a patch extraction 
 matrix product, so that a batch of weights gives a batched matrix product.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -79,15 +77,15 @@ class Conv(nn.Module):
     """
 
     features: int
-    kernel_size: Sequence[int] = (3, 3)
-    strides: Sequence[int] = (1, 1)
+    kernel_size: tuple[int, int] = (3, 3)
+    strides: tuple[int, int] = (1, 1)
     use_bias: bool = True
 
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
         shape = (*self.kernel_size, images.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
-        outputs = convolve(images, kernel, strides=tuple(self.strides))
+        outputs = convolve(images, kernel, strides=self.strides)
         if self.use_bias:
             outputs += self.param("bias", nn.initializers.zeros_init(), (self.features,))
         return outputs

@@ -16,7 +16,9 @@ def draw(num_tasks, **kwargs):
 
 def test_sinusoid_by_hand():
     x = jnp.array([0.0, jnp.pi / 2, 2.0])
-    np.testing.assert_allclose(sinusoid(x, 3.0, jnp.pi / 2), [-3, 0, 3 * np.sin(2 - np.pi / 2)], atol=1e-6)
+    np.testing.assert_allclose(
+        sinusoid(x, 3.0, jnp.pi / 2), [-3, 0, 3 * np.sin(2 - np.pi / 2)], atol=1e-6
+    )
 
 
 def test_points_lie_on_the_sinusoid_that_the_task_names():
@@ -69,7 +71,9 @@ def test_an_oracle_is_given_amplitude_and_phase_beside_each_input():
         np.testing.assert_array_equal(same_y, y)
 
 
-@pytest.mark.parametrize("counts", [{"num_shots": 0, "num_queries": 1}, {"num_shots": 1, "num_queries": 0}])
+@pytest.mark.parametrize(
+    "counts", [{"num_shots": 0, "num_queries": 1}, {"num_shots": 1, "num_queries": 0}]
+)
 def test_no_shots_or_no_queries_is_an_error_that_says_so(counts):
     with pytest.raises(ValueError, match=r"give 1 or more of each"):
         sample_sinusoid_task(jax.random.key(0), **counts)

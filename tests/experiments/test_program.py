@@ -185,7 +185,7 @@ def test_commit_and_dirty_flag_are_those_of_the_folder_of_the_experiments(monkey
 def test_a_finished_run_is_not_overwritten_unless_it_is_to_go_on(capsys):
     first = run("--seed", "1")
     line = fails(capsys, "--seed", "2")
-    assert "runs/toy-full" in line and "--run-dir" in line and "--resume" in line
+    assert all(words in line for words in ("runs/toy-full", "--run-dir", "--resume"))
     [file] = Path().rglob("result.json")
     assert json.loads(file.read_text()) == first
     assert run("--seed", "2", "--resume")["seed"] == 2
@@ -283,7 +283,9 @@ def test_an_interrupted_run_says_so_without_a_traceback(capsys):
     assert capsys.readouterr().err == "stopped at step 3\n"
 
 
-@pytest.mark.parametrize(("flags", "count"), [([], program.num_cores()), (["--num-devices", "3"], 3)])
+@pytest.mark.parametrize(
+    ("flags", "count"), [([], program.num_cores()), (["--num-devices", "3"], 3)]
+)
 def test_a_fresh_process_has_the_cpu_devices_asked_for_or_one_a_core(flags, count):
     code = f"""
 import sys
@@ -294,8 +296,6 @@ from experiments import program
 main = lambda config: {{"devices": len(jax.devices())}}
 program.run("toy", main, test_program.PRESETS, default="full")
 """
-    subprocess.run(
-        [sys.executable, "-c", code, *flags], check=True, env={"JAX_PLATFORMS": "cpu"}
-    )
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, env={"JAX_PLATFORMS": "cpu"})
     [file] = Path().rglob("result.json")
     assert json.loads(file.read_text())["devices"] == count
