@@ -36,19 +36,20 @@ def maml_loop(loss, params, supports, queries, *, rate, num_steps, mask=None):
     return total / len(supports)
 
 
-def finite_differences(f, x, step=1e-6):
-    """The gradient of `f(x)`, x any pytree, by central differences in float64."""
+def finite_differences(f, x, step=1e-5):
+    """The gradient of `f(x)`, x any pytree, by central differences of fourth order in float64."""
     leaves, treedef = jax.tree.flatten(jax.tree.map(lambda leaf: np.array(leaf, np.float64), x))
     grads = [np.zeros_like(leaf) for leaf in leaves]
     for leaf, grad in zip(leaves, grads, strict=True):
         for index in np.ndindex(leaf.shape):
-            here = leaf[index]
-            leaf[index] = here + step
-            above = float(f(jax.tree.unflatten(treedef, [a.copy() for a in leaves])))
-            leaf[index] = here - step
-            below = float(f(jax.tree.unflatten(treedef, [a.copy() for a in leaves])))
+            here, weighted = leaf[index], 0.0
+            for steps, weight in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
+                leaf[index] = here + steps * step
+                weighted += weight * float(
+                    f(jax.tree.unflatten(treedef, [a.copy() for a in leaves]))
+                )
             leaf[index] = here
-            grad[index] = (above - below) / (2 * step)
+            grad[index] = weighted / (12 * step)
     return jax.tree.unflatten(treedef, grads)
 
 

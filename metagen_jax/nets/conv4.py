@@ -1,6 +1,6 @@
 """The four-block convolutional net of few-shot learning."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from metagen_jax.nets.convolution import Conv, max_pool_2x2
 
 Norm = Literal["batch", "group", "layer", "none"]
+NUM_GROUPS = 8
 
 
 class BatchNorm(nn.Module):
@@ -31,8 +32,8 @@ class BatchNorm(nn.Module):
         self, x: Float[Array, "n *positions c"], num_reference: int | None = None
     ) -> Float[Array, "n *positions c"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones_init(), (channels,))
-        bias = self.param("bias", nn.initializers.zeros_init(), (channels,))
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
         reference = x[:num_reference]
         axes = tuple(range(x.ndim - 1))
         mean = reference.mean(axes)
@@ -71,7 +72,12 @@ class Conv4(nn.Module):
 
         Returns:
           `(n, num_outputs)`, or `(n, features)` where `num_outputs` is None.
+
+        Raises:
+          ValueError: for an unknown norm, images too small for four max-pools, or a number of
+            filters that the groups don't divide.
         """
+        self._check(images.shape[1], images.shape[2])
         x = images
         for block in range(4):
             strides = (2, 2) if self.strided else (1, 1)
@@ -85,12 +91,26 @@ class Conv4(nn.Module):
             return x
         return nn.Dense(self.num_outputs, name="head")(x)
 
+    def _check(self, height: int, width: int) -> None:
+        if self.norm not in get_args(Norm):
+            raise ValueError(f'norm is {self.norm!r}; give "batch", "group", "layer" or "none"')
+        if not self.strided and min(height, width) < 16:
+            raise ValueError(
+                f"images have {height}x{width} pixels; four max-pools need at least 16 a side, or "
+                "give strided=True"
+            )
+        if self.norm == "group" and self.num_filters % NUM_GROUPS:
+            raise ValueError(
+                f"{self.num_filters} filters can't be split into {NUM_GROUPS} groups; give a "
+                f"multiple of {NUM_GROUPS}"
+            )
+
     def _normalise(self, x, num_reference: int | None, block: int):
         name = f"norm{block}"
         if self.norm == "batch":
             return BatchNorm(name=name)(x, num_reference)
         if self.norm == "group":
-            return nn.GroupNorm(num_groups=8, name=name)(x)
+            return nn.GroupNorm(num_groups=NUM_GROUPS, name=name)(x)
         if self.norm == "layer":
             return nn.LayerNorm(reduction_axes=(1, 2, 3), name=name)(x)
         return x

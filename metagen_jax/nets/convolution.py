@@ -84,10 +84,12 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
         shape = (*self.kernel_size, images.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         outputs = convolve(images, kernel, strides=self.strides)
         if self.use_bias:
-            outputs += self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            outputs += self.param(
+                "bias", nn.initializers.zeros_init(), (self.features,), jnp.float32
+            )
         return outputs
 
 
@@ -96,13 +98,14 @@ def max_pool_2x2(images: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     """The maximum of each 2x2 block; an odd last row or column is dropped.
 
     A tie sends its gradient to the first of the equal corners in the order of reading, as
-    `lax.reduce_window` does, so that value and gradient equal `flax.linen.max_pool`'s.
+    `lax.reduce_window` does, so that value and gradient equal `flax.linen.max_pool`'s. A block with
+    a NaN gives NaN.
     """
     height, width = images.shape[1] // 2 * 2, images.shape[2] // 2 * 2
     images = images[:, :height, :width]
     corners = [images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
 
     def larger(a, b):
-        return jnp.where(a >= b, a, b)
+        return jnp.where((a >= b) | jnp.isnan(a), a, b)
 
     return larger(larger(corners[0], corners[1]), larger(corners[2], corners[3]))
