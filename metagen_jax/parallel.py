@@ -31,6 +31,9 @@ from jaxtyping import Array, Key, PyTree
 from metagen_jax.gradients import count_tasks, task_keys
 from metagen_jax.types import Batch, GradFn, Metrics, Params
 
+Devices = Sequence[jax.Device]
+"""The devices to split over, in the order of the blocks of tasks."""
+
 Method = Literal["shard_map", "pmap"]
 """How a function is mapped over devices: on a named mesh, or the older way."""
 
@@ -38,7 +41,7 @@ Method = Literal["shard_map", "pmap"]
 def data_parallel(
     grad_fn: GradFn,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
     method: Method = "shard_map",
     axis_name: str = "tasks",
 ) -> GradFn:
@@ -88,9 +91,7 @@ def data_parallel(
     raise ValueError(f'method is {method!r}; give "shard_map" or "pmap"')
 
 
-def replicate(
-    tree: PyTree, *, devices: Sequence[jax.Device] | None = None, axis_name: str = "tasks"
-) -> PyTree:
+def replicate(tree: PyTree, *, devices: Devices | None = None, axis_name: str = "tasks") -> PyTree:
     """The same arrays on every device, where a step over `data_parallel` leaves its outputs.
 
     State so placed before the first step spares it a second compilation, and data that every step
@@ -116,7 +117,7 @@ def replicate(
     return jax.tree.map(place, tree)
 
 
-def _by_shard_map(on_each_device: Callable, devices: list[jax.Device], axis_name: str) -> GradFn:
+def _by_shard_map(on_each_device: Callable, devices: Devices, axis_name: str) -> GradFn:
     split = PartitionSpec(axis_name)
     # With check_vma=True the gradient of replicated parameters would be summed over devices inside
     # grad_fn, which is right for a plain loss and silently wrong for an inner loop.
@@ -137,7 +138,7 @@ def _by_shard_map(on_each_device: Callable, devices: list[jax.Device], axis_name
     return parallel_grad_fn
 
 
-def _by_pmap(on_each_device: Callable, devices: list[jax.Device], axis_name: str) -> GradFn:
+def _by_pmap(on_each_device: Callable, devices: Devices, axis_name: str) -> GradFn:
     elsewhere = [d for d in devices if d.process_index != jax.process_index()]
     if elsewhere:
         raise ValueError(
@@ -160,14 +161,14 @@ def _by_pmap(on_each_device: Callable, devices: list[jax.Device], axis_name: str
     return parallel_grad_fn
 
 
-def _list_devices(devices: Sequence[jax.Device] | None) -> list[jax.Device]:
+def _list_devices(devices: Devices | None) -> Devices:
     devices = list(jax.devices() if devices is None else devices)
     if not devices:
         raise ValueError("devices is empty; give at least one device, or None for all")
     return devices
 
 
-def _mesh(devices: list[jax.Device], axis_name: str) -> Mesh:
+def _mesh(devices: Devices, axis_name: str) -> Mesh:
     return Mesh(np.array(devices), (axis_name,), axis_types=(AxisType.Auto,))
 
 
