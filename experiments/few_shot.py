@@ -63,7 +63,7 @@ class Config:
     """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
     image_size: int = 28
     """Height and width of the images, in pixels."""
-    rotations: int = 4
+    rotations: Literal[1, 4] = 4
     """4: characters turned by 90, 180 and 270 degrees are classes of their own; 1: as they are."""
 
     learner: Learner = "maml"
@@ -209,6 +209,28 @@ def sampler(config: Config, num_queries: int) -> few_shot.Sample:
     return sample
 
 
+def check(config: Config) -> None:
+    """Raises a ValueError for settings that would fail only after training, or without sense."""
+    counts = ("num_shots", "num_queries", "num_tasks", "num_validation_tasks", "num_filters")
+    steps = ("steps", "inner_steps", "pretraining_steps", "test_steps")
+    program.require(
+        *(
+            (getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; give 1 or more")
+            for name in (*counts, *steps)
+        ),
+        (config.num_ways >= 2, f"num_ways is {config.num_ways}; give 2 or more"),
+        (config.steps >= 2, f"steps is {config.steps}; give 2 or more"),
+        (
+            min(config.test_queries, default=0) >= 1,
+            f"test_queries is {config.test_queries}; give one or more numbers of 1 or more",
+        ),
+        (
+            min(config.num_test_tasks, config.num_validation_tasks) >= 2,
+            "num_test_tasks and num_validation_tasks need 2 or more for an interval",
+        ),
+    )
+
+
 class Learned(NamedTuple):
     """What meta-training gives: how to predict, and how it went."""
 
@@ -258,8 +280,11 @@ def meta_train(config: Config, data: ClassData, val_data: ClassData) -> Learned:
     optimizer = optax.adam(rate)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = net.init(init_key, ink(data.examples[:1]))
-    grad_fn = data_parallel(mean_over_tasks(gradients(episode_loss), chunk=config.chunk))
-    state, data = replicate((init_state(params, optimizer, train_key), data))
+    devices = program.devices_for(config.num_devices, config.num_tasks)
+    grad_fn = data_parallel(
+        mean_over_tasks(gradients(episode_loss), chunk=config.chunk), devices=devices
+    )
+    state, data = replicate((init_state(params, optimizer, train_key), data), devices=devices)
     result = fit(
         train_step(grad_fn, optimizer, sample_tasks),
         state,
@@ -290,6 +315,8 @@ def pretrain(config: Config, data: ClassData) -> Params:
         init_state(params, optimizer, train_key),
         data,
         num_steps=config.pretraining_steps,
+        run_dir=config.run_dir / "pretrained",
+        resume=config.resume,
     ).best_params
 
 
@@ -299,6 +326,7 @@ def make_net(config: Config, num_outputs: int) -> Conv4:
 
 def main(config: Config) -> dict[str, Any]:
     """Meta-trains, tests, prints the tables, draws the pictures; gives the numbers by name."""
+    check(config)
     splits = load_splits(config)
     num_queries = max(config.num_queries, *config.test_queries)
     train, val, test = (to_class_data(config, images, num_queries) for images in splits)

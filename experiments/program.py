@@ -172,6 +172,21 @@ def start_devices(num_devices: int | None) -> None:
         )
 
 
+def devices_for(num_devices: int | None, num_tasks: int) -> list[jax.Device]:
+    """The devices asked for; else as many of all as divide the tasks of an outer step evenly."""
+    devices = jax.devices()
+    if num_devices is not None:
+        return devices[:num_devices]
+    return devices[: max(n for n in range(1, len(devices) + 1) if num_tasks % n == 0)]
+
+
+def require(*conditions: tuple[bool, str]) -> None:
+    """Raises a ValueError with the first message whose condition does not hold."""
+    for holds, message in conditions:
+        if not holds:
+            raise ValueError(message)
+
+
 def num_cores() -> int:
     """The processor cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):

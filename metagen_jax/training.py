@@ -71,7 +71,11 @@ class FitResult(NamedTuple):
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, key: PRNGKey) -> TrainState:
-    """The state before the first step. Everything is copied: a step may donate it."""
+    """The state before the first step. Everything is copied: a step may donate it.
+
+    For a step over several devices place it with `metagen_jax.parallel.replicate`, or the second
+    step is compiled anew.
+    """
     params = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),

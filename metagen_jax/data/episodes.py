@@ -58,6 +58,8 @@ def check_episodes(
     data: ClassData, *, num_ways: int, num_shots: int, num_queries: int, num_rotations: int = 1
 ) -> None:
     """Raises a ValueError if the data cannot give such episodes; `sample_episode` can't look."""
+    if num_rotations not in (1, 4):
+        raise ValueError(f"num_rotations is {num_rotations}; give 1, or 4 for quarter turns")
     num_classes = len(data.sizes) * num_rotations
     if num_classes < num_ways:
         raise ValueError(

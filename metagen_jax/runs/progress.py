@@ -110,8 +110,11 @@ class ProgressBar:
 
     def _make_bar(self):
         rich = import_extra("rich.progress")
+        # In a narrow terminal the text is cut and not the step.
+        digits = len(str(self._num_steps))
+        step = import_extra("rich.table").Column(min_width=len("step /") + 2 * digits)
         bar = rich.Progress(
-            rich.TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            rich.TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=step),
             rich.BarColumn(bar_width=None),
             rich.TextColumn("{task.fields[text]}", markup=False),
             console=self._console,
