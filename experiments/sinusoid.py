@@ -1,8 +1,7 @@
 """Few-shot regression of sinusoids: MAML against a pretrained network and an oracle.
 
-    python -m experiments.sinusoid                       # one inner step, as published
-    python -m experiments.sinusoid --preset two-steps    # two, with the error after each
-    python -m experiments.sinusoid --preset published    # see below
+    python -m experiments.sinusoid                       # 5 shots, one inner step, cosine rate
+    python -m experiments.sinusoid --preset published    # 10 shots, 70,000 steps, constant rate
 
 Finn et al. 2017, section 5.1. A task is a sinusoid of amplitude U[0.1, 5] and phase U[0, pi], seen
 at a few x of U[-5, 5]; the error is the mean squared error of the adapted network at 100 x spread
