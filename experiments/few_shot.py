@@ -85,7 +85,7 @@ class Config:
     norm: Norm = "batch"
     """Normalisation: by the current batch, in groups, by layer, or none."""
 
-    steps: int = 1000
+    steps: int = 400
     """Outer steps."""
     num_tasks: int = 32
     """Tasks in an outer step."""
@@ -93,7 +93,7 @@ class Config:
     """Peak learning rate of the outer Adam, warmed up, then decayed along a cosine."""
     chunk: int = 1
     """Tasks that a device works on at once; 1 is fastest on a CPU."""
-    validate_every: int = 250
+    validate_every: int = 200
     """Outer steps between validations."""
     num_validation_tasks: int = 300
     """Episodes of a validation."""

@@ -25,7 +25,8 @@ from metagen_jax.types import MetaParams, Params, PredictFn
 
 VALIDATION_SEED, TEST_SEED = 1, 2
 MODES = ("transductive", "inductive")
-FINE_TUNING_STEPS, FINE_TUNING_RATES = 10, (0.01, 0.03, 0.1, 0.3, 1.0)
+FINE_TUNING_STEPS, FINE_TUNING_RATES = 5, (0.03, 0.1, 0.3, 1.0)
+NUM_CHOICE_TASKS = 300
 
 
 class Subject(NamedTuple):
@@ -86,7 +87,8 @@ def report(
             key = jax.random.key(seed)
             return evaluate_few_shot(predict, params, sample, data, key=key, num_tasks=count)
 
-        steps = evaluate(subject.predict, subject.params, val_data, VALIDATION_SEED)
+        few = min(NUM_CHOICE_TASKS, num_tasks)
+        steps = evaluate(subject.predict, subject.params, val_data, VALIDATION_SEED, few)
         best = int(steps["transductive"].mean.argmax())
         learner = evaluate(subject.predict, subject.params, test_data, TEST_SEED)
         rows = [
