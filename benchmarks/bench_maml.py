@@ -87,7 +87,8 @@ def variants(num_filters: int) -> dict[str, GradFn]:
 
 def check_equal(steps: dict[str, Callable], params, batch: Episode, key) -> float:
     """The largest distance of a meta-gradient from the first variant's, relative to its norm."""
-    (reference, metrics), *others = [step(params, batch, key) for step in steps.values()]
+    results = [jax.device_get(step(params, batch, key)) for step in steps.values()]
+    (reference, metrics), *others = results
     worst = 0.0
     for direction, other_metrics in others:
         np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-4)
@@ -135,7 +136,7 @@ def main() -> None:
             f"{name:50} {median:6.3f} s {num_tasks / median:8.1f} {compile_seconds[name]:6.1f} s "
             f"{temporaries[name]:7.0f} MiB {best_flax / median:6.2f}"
         )
-    print("ratio: how many times as fast as the better of the two flax.linen.Conv variants")
+    print("ratio: how many times as fast as the best of the flax.linen.Conv variants")
     if not smoke:
         result = {
             "medians_seconds": medians,
