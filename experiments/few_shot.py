@@ -142,7 +142,7 @@ PRESETS = {
     "omniglot-5w5s": replace(
         _OMNIGLOT, num_ways=5, num_shots=5, num_queries=5, test_queries=(5, 15), steps=5000
     ),
-    "omniglot-20w1s": replace(_OMNIGLOT, num_ways=20, num_tasks=16, steps=5000),
+    "omniglot-20w1s": replace(_OMNIGLOT, num_ways=20, num_tasks=16, steps=15000),
     "omniglot-20w5s": replace(
         _OMNIGLOT,
         num_ways=20,
