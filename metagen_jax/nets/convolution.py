@@ -3,11 +3,21 @@
 `vmap` over per-task weights turns `lax.conv` into a grouped convolution, which runs many times
 slower than one matrix product a task. Here a convolution is a patch extraction followed by a
 matrix product, so that a batch of weights gives a batched matrix product.
+
+The derivatives of a convolution with respect to images and kernel are two more bilinear maps, and
+the derivatives of those are the three maps again. Each is a JAX primitive here, so that gradients
+of every order consist of these three alone; JAX's own transposes of the patch product transpose
+(and so copy) the patches from the second order on.
 """
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 
@@ -51,6 +61,71 @@ def extract_patches(
     return jnp.concatenate(corners, axis=-1)
 
 
+class _Shape(NamedTuple):
+    """What the three maps must know beside their operands."""
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    strides: tuple[int, int]
+
+
+def _outputs(images, kernel, *, shape: _Shape):
+    """The convolution: `(n, h, w, c)` and `(kh, kw, c, f)` to `(n, h2, w2, f)`."""
+    patches = extract_patches(images, shape.window, shape.strides)
+    return patches @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _images(outputs, kernel, *, shape: _Shape):
+    """Its transpose in the images: `(n, h2, w2, f)` and `(kh, kw, c, f)` to `(n, h, w, c)`."""
+    patches = outputs @ kernel.reshape(-1, kernel.shape[-1]).T
+    images = jax.ShapeDtypeStruct((len(outputs), *shape.size, kernel.shape[2]), outputs.dtype)
+    extract = functools.partial(extract_patches, window=shape.window, stride=shape.strides)
+    return jax.linear_transpose(extract, images)(patches)[0]
+
+
+def _kernel(images, outputs, *, shape: _Shape):
+    """Its transpose in the kernel: `(n, h, w, c)` and `(n, h2, w2, f)` to `(kh, kw, c, f)`."""
+    patches = extract_patches(images, shape.window, shape.strides)
+    kernel = jnp.einsum("nhwp,nhwf->pf", patches, outputs)
+    return kernel.reshape(*shape.window, images.shape[-1], outputs.shape[-1])
+
+
+def _primitive(function):
+    """A JAX primitive that is computed, compiled and batched as `function` is."""
+
+    def trace(*operands, **settings):
+        return jax.make_jaxpr(functools.partial(function, **settings))(*operands).out_avals[0]
+
+    def batch(operands, axes, **settings):
+        return jax.vmap(functools.partial(function, **settings), axes)(*operands), 0
+
+    primitive = Primitive(f"convolution{function.__name__}")
+    primitive.def_impl(jax.jit(function, static_argnames="shape"))
+    primitive.def_abstract_eval(trace)
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+_outputs_p, _images_p, _kernel_p = map(_primitive, (_outputs, _images, _kernel))
+# The transposes with respect to the first and to the second operand.
+ad.defbilinear(
+    _outputs_p,
+    lambda cotangent, _, kernel, **shape: _images_p.bind(cotangent, kernel, **shape),
+    lambda cotangent, images, _, **shape: _kernel_p.bind(images, cotangent, **shape),
+)
+ad.defbilinear(
+    _images_p,
+    lambda cotangent, _, kernel, **shape: _outputs_p.bind(cotangent, kernel, **shape),
+    lambda cotangent, outputs, _, **shape: _kernel_p.bind(cotangent, outputs, **shape),
+)
+ad.defbilinear(
+    _kernel_p,
+    lambda cotangent, _, outputs, **shape: _images_p.bind(outputs, cotangent, **shape),
+    lambda cotangent, images, _, **shape: _outputs_p.bind(images, cotangent, **shape),
+)
+
+
 def convolve(
     images: Float[Array, "n h w c"],
     kernel: Float[Array, "kh kw c f"],
@@ -60,10 +135,14 @@ def convolve(
     """The "SAME" convolution of `flax.linen.Conv`, as patches times a matrix.
 
     `out[n, y, x, f] = sum_{i, j, c} padded[n, s y + i, s x + j, c] kernel[i, j, c, f]`
+
+    Differentiable to any order, in forward and in reverse mode.
     """
-    kernel_h, kernel_w, channels, features = kernel.shape
-    patches = extract_patches(images, (kernel_h, kernel_w), strides)
-    return patches @ kernel.reshape(kernel_h * kernel_w * channels, features)
+    dtype = jnp.result_type(images, kernel)
+    _, height, width, _ = images.shape
+    kernel_h, kernel_w, _, _ = kernel.shape
+    shape = _Shape((height, width), (kernel_h, kernel_w), strides)
+    return _outputs_p.bind(jnp.asarray(images, dtype), jnp.asarray(kernel, dtype), shape=shape)
 
 
 class Conv(nn.Module):

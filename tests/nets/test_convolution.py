@@ -105,6 +105,47 @@ def test_vmap_over_kernels_equals_a_loop_and_needs_no_grouped_convolution():
     assert "feature_group_count" not in vmapped.lower(images, kernels).as_text()
 
 
+def product_with_hessian(convolution, mode):
+    """`H v` of a smooth loss, over images and kernel, in three orders of differentiation."""
+
+    def loss(operands):
+        return jnp.sum(jnp.tanh(convolution(*operands)) ** 2)
+
+    def forward_over_reverse(operands, direction):
+        return jax.jvp(jax.grad(loss), (operands,), (direction,))[1]
+
+    def reverse_over_forward(operands, direction):
+        return jax.grad(lambda x: jax.jvp(loss, (x,), (direction,))[1])(operands)
+
+    def reverse_over_vmapped_reverse(operands, direction):
+        def slope(x):
+            grads = jax.vmap(jax.grad(loss))(jax.tree.map(lambda leaf: leaf[None], x))
+            return sum(jnp.vdot(g, d) for g, d in zip(grads, direction, strict=True))
+
+        return jax.grad(slope)(operands)
+
+    return jax.jit(locals()[mode])
+
+
+@pytest.mark.parametrize(
+    "mode", ["forward_over_reverse", "reverse_over_forward", "reverse_over_vmapped_reverse"]
+)
+def test_every_order_of_differentiation_equals_flax_s(mode):
+    operands = (random(2, 5, 6, 3), random(3, 3, 3, 4, seed=1))
+    direction = (random(2, 5, 6, 3, seed=2), random(3, 3, 3, 4, seed=3))
+
+    def flax(images, kernel):
+        return nn.Conv(4, (3, 3), (2, 1), use_bias=False).apply(
+            {"params": {"kernel": kernel}}, images
+        )
+
+    def ours(images, kernel):
+        return convolve(images, kernel, strides=(2, 1))
+
+    expected = product_with_hessian(flax, mode)(operands, direction)
+    assert_close(product_with_hessian(ours, mode)(operands, direction), expected)
+
+
 def blocks_with_ties():
     """Images of -1, 0 and 1, so that nearly all blocks have ties; one image is constant."""
     images = np.random.default_rng(0).integers(-1, 2, size=(3, 7, 10, 2)).astype(np.float64)
