@@ -6,15 +6,13 @@ An experiment is a file with a frozen dataclass `Config`, a dict `PRESETS` of su
     if __name__ == "__main__":
         program.run("sinusoid", main, PRESETS, default="published")
 
-A user's mistake ends in one line on stderr and exit status 2. As everywhere in this project it is
-a `ValueError` that the project raises by a statement of its own; one from anywhere else, be it
-NumPy, JAX or `int(text)`, is a mistake in the program and keeps its traceback.
+A user's mistake, a `metagen_jax.errors.UserError`, ends in one line on stderr and exit status 2.
+Any other error is a mistake in the program and keeps its traceback.
 """
 
 import contextlib
 import dataclasses
 import datetime
-import dis
 import importlib.metadata
 import inspect
 import io
@@ -27,7 +25,6 @@ import shlex
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
@@ -35,6 +32,9 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 import jax
 import numpy as np
 import tyro
+
+from metagen_jax.errors import UserError, one_line, writing
+from metagen_jax.runs.log import METRICS
 
 
 class Config(Protocol):
@@ -54,8 +54,9 @@ class Config(Protocol):
 
 C = TypeVar("C", bound=Config)
 
-RESULT = "result.json"
-_PROJECT = ("metagen_jax", "experiments")
+RESULT, CONFIG = "result.json", "config.json"
+_PLACES = ("run_dir", "resume", "data_dir", "num_devices", "chunk")
+"""Settings of where a run is made and not of what it gives: they may change on resumption."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "metagen_jax")
 
 
@@ -85,16 +86,14 @@ def run(
     try:
         summary = (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
         config = parse(name, presets, default=default, argv=argv, about=summary)
-        check_run_dir(config)
+        prepare_run_dir(config)
         start_devices(config.num_devices)
         about = describe_run(name, config, argv)
         start = time.perf_counter()
         numbers = dict(main(config))
         numbers["seconds"] = round(time.perf_counter() - start, 1)
         file = write_result(config.run_dir, numbers, about)
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt as stop:
@@ -111,7 +110,7 @@ def parse(
     `about` stands at the top of what `--help` prints.
 
     Raises:
-      ValueError: for an unknown preset, flag or value, in one line.
+      UserError: for an unknown preset, flag or value, in one line.
       SystemExit: after `--help`.
     """
     preset_type = Annotated[
@@ -138,35 +137,65 @@ def parse(
     return config
 
 
-def check_run_dir(config: Config) -> None:
-    """Makes the folder of the run, unless that can't be or would overwrite a finished run."""
-    if (config.run_dir / RESULT).exists() and not config.resume:
-        raise ValueError(
-            f"run_dir {config.run_dir} holds a finished run; "
+def prepare_run_dir(config: Config) -> None:
+    """Makes the folder of the run and keeps the settings there, as `config.json`.
+
+    Raises:
+      UserError: it can't be made, holds a run that is not to be resumed, or one of other settings.
+    """
+    folder = config.run_dir
+    settings = json.loads(json.dumps(dataclasses.asdict(config), default=_to_json))
+    if not config.resume and (folder / RESULT).exists():
+        raise UserError(
+            f"run_dir {folder} holds a finished run; "
             "give another --run-dir, or --resume to go on with that one"
         )
+    if not config.resume and [*folder.glob(METRICS), *folder.glob(f"*/{METRICS}")]:
+        raise UserError(
+            f"run_dir {folder} holds a run that was stopped; "
+            "give another --run-dir, or --resume to go on with that one"
+        )
+    if config.resume and (folder / CONFIG).exists():
+        _check_same(settings, folder / CONFIG)
+        return
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"run_dir {config.run_dir} can't be made ({error.strerror}); give another --run-dir"
+        raise UserError(
+            f"run_dir {folder} can't be made ({error.strerror}); give another --run-dir"
         ) from None
+    _write_json(folder / CONFIG, settings)
+
+
+def _check_same(settings: Mapping[str, Any], file: Path) -> None:
+    """Raises a UserError if a run was started with settings that would give another result."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {file} ({one_line(error)}); remove it to go on") from None
+    for name, value in settings.items():
+        if name not in _PLACES and before.get(name, value) != value:
+            raise UserError(
+                f"run_dir {file.parent} holds a run with {_as_flag(name, before[name])} where this "
+                f"one has {_as_flag(name, value)}; give the settings of that run to go on with it, "
+                "or another --run-dir"
+            )
 
 
 def start_devices(num_devices: int | None) -> None:
     """Gives JAX so many CPU devices, by default one a core; must come before its first use.
 
     Raises:
-      ValueError: if there are fewer devices than asked for, on an accelerator or because JAX has
+      UserError: if there are fewer devices than asked for, on an accelerator or because JAX has
         started before.
     """
     if num_devices is not None and num_devices < 1:
-        raise ValueError(f"num_devices is {num_devices}; give 1 or more, or None for all")
+        raise UserError(f"num_devices is {num_devices}; give 1 or more, or None for all")
     # Refused once JAX has started, in a test or a notebook: what there is, is checked below.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", num_devices or num_cores())
     if num_devices is not None and len(jax.devices()) < num_devices:
-        raise ValueError(
+        raise UserError(
             f"num_devices is {num_devices} and JAX sees {len(jax.devices())} "
             f"({jax.default_backend()}); give at most {len(jax.devices())}"
         )
@@ -181,10 +210,10 @@ def devices_for(num_devices: int | None, num_tasks: int) -> list[jax.Device]:
 
 
 def require(*conditions: tuple[bool, str]) -> None:
-    """Raises a ValueError with the first message whose condition does not hold."""
+    """Raises a UserError with the first message whose condition does not hold."""
     for holds, message in conditions:
         if not holds:
-            raise ValueError(message)
+            raise UserError(message)
 
 
 def num_cores() -> int:
@@ -215,33 +244,15 @@ def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, An
 
 
 def write_result(run_dir: Path, numbers: Mapping[str, Any], about: Mapping[str, Any]) -> Path:
-    """Writes the numbers and what is known of their run, all at once or not at all."""
+    """Writes the numbers and what is known of their run; a number that is not finite as null."""
     if common := numbers.keys() & about.keys():
         raise KeyError(f"the experiment's numbers take the names {sorted(common)} of the run's")
-    text = json.dumps({**numbers, **about}, indent=2, default=_to_json)
-    partial = run_dir / f"{RESULT}.partial"
-    partial.write_text(text + "\n", encoding="utf-8")
-    return partial.replace(run_dir / RESULT)
-
-
-def is_user_error(error: ValueError) -> bool:
-    """Whether a `raise` statement of this project made the error."""
-    if type(error).__module__.partition(".")[0] in _PROJECT:
-        return True
-    innermost: types.TracebackType | None = error.__traceback__
-    while innermost is not None and innermost.tb_next is not None:
-        innermost = innermost.tb_next
-    if innermost is None:
-        return False
-    frame = innermost.tb_frame
-    spec = frame.f_globals.get("__spec__")  # Knows the name also of what runs as __main__.
-    raised = frame.f_code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    return raised and spec is not None and spec.name.partition(".")[0] in _PROJECT
+    return _write_json(run_dir / RESULT, {**numbers, **about})
 
 
 @contextlib.contextmanager
 def _one_line_errors():
-    """Turns the box that tyro draws around an error into a ValueError of one line."""
+    """Turns the box that tyro draws around an error into a UserError of one line."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -256,7 +267,7 @@ def _one_line_errors():
         suggests = bool(more) and more[0].startswith("Perhaps you meant")
         similar = re.findall(r"(?<= )--\S+", more[0]) if suggests else []
         hint = f"did you mean {' or '.join(similar)}? " if similar else ""
-        raise ValueError(f"{message.rstrip('. ')}; {hint}--help lists all flags") from None
+        raise UserError(f"{message.rstrip('. ')}; {hint}--help lists all flags") from None
 
 
 def _describe_presets(presets: Mapping[str, Config], default: str) -> str:
@@ -277,7 +288,7 @@ def _as_flag(field: str, value: Any) -> str:
     flag = field.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple | list) else value}"
 
 
 def _version(package: str) -> str | None:
@@ -294,6 +305,15 @@ def _git(*arguments: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> Path:
+    """Writes JSON all at once or not at all; what is no finite number stands as null."""
+    plain = json.loads(json.dumps(values, default=_to_json), parse_constant=lambda _: None)
+    partial = file.with_name(f"{file.name}.partial")
+    with writing(file):
+        partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        return partial.replace(file)
 
 
 def _to_json(value: Any) -> Any:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
+from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, GradFn, LossFn, Metrics, Params, PRNGKey
 
 
@@ -53,17 +54,17 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
       A `GradFn` over a batch of `T` tasks. Its key may be one key, or `T` keys, one for each task.
 
     Raises:
-      ValueError: if `chunk` is not positive, the leaves of the batch differ in leading axis, or
+      UserError: if `chunk` is not positive, the leaves of the batch differ in leading axis, or
         there are several keys but not one for each task.
     """
     if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is {chunk}; give a positive number of tasks, or None for all")
+        raise UserError(f"chunk is {chunk}; give a positive number of tasks, or None for all")
 
     def mean_grad_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Params, Metrics]:
         num_tasks = count_tasks(batch)
         keys = task_keys(key, num_tasks) if key.ndim == 0 else key
         if keys.shape != (num_tasks,):
-            raise ValueError(
+            raise UserError(
                 f"there are keys of shape {keys.shape} for {num_tasks} tasks; "
                 "give one typed key, or one for each task"
             )
@@ -84,7 +85,7 @@ def count_tasks(batch: Batch) -> int:
     """The length of the leading axis that all leaves of a batch have in common."""
     sizes = sorted({x.shape[0] if x.ndim else 0 for x in jax.tree.leaves(batch)})
     if len(sizes) != 1 or sizes[0] == 0:
-        raise ValueError(
+        raise UserError(
             f"the leaves of a batch of tasks have leading axes of {sizes}; "
             "give every leaf one leading axis of the same, non-zero length"
         )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, LossFn, Metrics, Params, PRNGKey
 
 Apply = Callable[..., Any]
@@ -21,7 +22,7 @@ def cross_entropy_loss(apply: Apply) -> LossFn:
 
     Returns:
       A loss over batches `(inputs, labels (n,))`, with the metric `accuracy`. It raises a
-      ValueError for labels of another shape, such as one-hot ones.
+      UserError for labels of another shape, such as one-hot ones.
     """
 
     def loss_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Metrics]:
@@ -29,7 +30,7 @@ def cross_entropy_loss(apply: Apply) -> LossFn:
         inputs, labels = batch
         logits = apply(params, inputs)
         if jnp.shape(labels) != logits.shape[:-1]:
-            raise ValueError(
+            raise UserError(
                 f"the labels have shape {jnp.shape(labels)} for logits of shape {logits.shape}; "
                 f"give one integer for each row, shape {logits.shape[:-1]}"
             )
@@ -46,7 +47,7 @@ def squared_error_loss(apply: Apply) -> LossFn:
       apply: `(params, inputs) -> outputs`, of the shape of the targets.
 
     Returns:
-      A loss over batches `(inputs, targets)`, without metrics of its own. It raises a ValueError
+      A loss over batches `(inputs, targets)`, without metrics of its own. It raises a UserError
       for targets of another shape, which would be broadcast.
     """
 
@@ -55,7 +56,7 @@ def squared_error_loss(apply: Apply) -> LossFn:
         inputs, targets = batch
         outputs = apply(params, inputs)
         if jnp.shape(targets) != outputs.shape:
-            raise ValueError(
+            raise UserError(
                 f"the targets have shape {jnp.shape(targets)} for outputs of shape "
                 f"{outputs.shape}; give them the same shape"
             )

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int32, PyTree
 
+from metagen_jax.errors import TrainingInterrupted, UserError
+from metagen_jax.runs.checkpoints import load_params as load_params
 from metagen_jax.runs.checkpoints import place_like, to_host
-from metagen_jax.runs.errors import TrainingInterrupted
 from metagen_jax.runs.history import BestMetric
 from metagen_jax.runs.interrupts import stop_requests
 from metagen_jax.runs.log import RunLog
@@ -159,9 +160,9 @@ def fit(
 
     Raises:
       TrainingError: the loss or the gradient is no longer finite; `run_dir` holds a run and
-        `resume` is False; a checkpoint can't be written, read or is of another model.
+        `resume` is False; a checkpoint can't be read or is of another model.
       TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint has been saved.
-      ValueError: an argument is out of range.
+      UserError: an argument is out of range, or the disk is full or can't be written.
     """
     _check_positive(
         num_steps=num_steps,
@@ -171,7 +172,7 @@ def fit(
         tasks_per_step=tasks_per_step,
     )
     if best_metric[1] not in ("max", "min"):
-        raise ValueError(f'best_metric is {best_metric}; give (name, "max") or (name, "min")')
+        raise UserError(f'best_metric is {best_metric}; give (name, "max") or (name, "min")')
     primary = jax.process_index() == 0
     loop = Loop(
         num_steps=num_steps,
@@ -210,4 +211,4 @@ def fit(
 def _check_positive(**options: int | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
+            raise UserError(f"{name} is {value}; give 1 or more")

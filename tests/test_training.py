@@ -20,9 +20,9 @@ import numpy as np
 import optax
 import pytest
 
+from metagen_jax.errors import TrainingError, TrainingInterrupted, UserError
 from metagen_jax.gradients import gradients
 from metagen_jax.runs.checkpoints import BEST, LATEST, load_params, saved_steps
-from metagen_jax.runs.errors import TrainingError, TrainingInterrupted
 from metagen_jax.training import fit, init_state, train_step
 
 pytest.importorskip("orbax.checkpoint")
@@ -384,7 +384,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(whole, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(ocp.Checkpointer, "save", fails_late)
-        with pytest.raises(TrainingError, match="no space left on the disk") as raised:
+        with pytest.raises(UserError, match="no space left on the disk") as raised:
             run(tmp_path)
     assert "\n" not in str(raised.value)
     assert [path.name for path in (tmp_path / LATEST).iterdir() if path.name not in "6 10 12"] == []
@@ -397,7 +397,7 @@ def test_a_full_disk_is_one_line_for_the_log_too(tmp_path, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr("metagen_jax.runs.log.os.fsync", full)
-    with pytest.raises(TrainingError, match=r"no space left on the disk to write .*metrics.jsonl"):
+    with pytest.raises(UserError, match=r"no space left on the disk to write .*metrics.jsonl"):
         run(tmp_path)
 
 

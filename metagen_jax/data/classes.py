@@ -11,16 +11,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt8
 
+from metagen_jax.errors import DataError
+
 _PARTS = ("train", "val", "trainval", "test")
 FROZEN_SPLITS = {
     "glyphs": _PARTS,
     "omniglot": tuple(f"{s}/{p}" for s in ("vinyals", "lake", "random1200") for p in _PARTS),
 }
 """The splits by class that are kept in files, for each data set."""
-
-
-class DataError(ValueError):
-    """Data that are not there, not of the kind needed, or asked for by an unknown name."""
 
 
 class LabelledImages(NamedTuple):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
+from metagen_jax.errors import UserError
 from metagen_jax.types import Episode, PRNGKey
 
 
@@ -36,12 +37,12 @@ def group_by_class(examples: PyTree, labels: Int[np.ndarray, " n"]) -> ClassData
       labels: `(n,)` integers of any values; classes are numbered in their order.
 
     Raises:
-      ValueError: if there are no examples, or not one label for each.
+      UserError: if there are no examples, or not one label for each.
     """
     labels = np.asarray(labels)
     lengths = sorted({len(x) for x in jax.tree.leaves(examples)})
     if lengths != [len(labels)] or not len(labels):
-        raise ValueError(
+        raise UserError(
             f"there are {len(labels)} labels for examples of lengths {lengths}; "
             "give at least one example, and one label for each"
         )
@@ -57,18 +58,18 @@ def group_by_class(examples: PyTree, labels: Int[np.ndarray, " n"]) -> ClassData
 def check_episodes(
     data: ClassData, *, num_ways: int, num_shots: int, num_queries: int, num_rotations: int = 1
 ) -> None:
-    """Raises a ValueError if the data cannot give such episodes; `sample_episode` can't look."""
+    """Raises a UserError if the data cannot give such episodes; `sample_episode` can't look."""
     if num_rotations not in (1, 4):
-        raise ValueError(f"num_rotations is {num_rotations}; give 1, or 4 for quarter turns")
+        raise UserError(f"num_rotations is {num_rotations}; give 1, or 4 for quarter turns")
     num_classes = len(data.sizes) * num_rotations
     if num_classes < num_ways:
-        raise ValueError(
+        raise UserError(
             f"{num_ways}-way episodes need {num_ways} classes and the data has {num_classes}; "
             "lower num_ways or give more classes"
         )
     needed, smallest = num_shots + num_queries, int(data.sizes.min())
     if smallest < needed:
-        raise ValueError(
+        raise UserError(
             f"{num_shots} shots and {num_queries} queries need {needed} examples of each class and "
             f"the smallest class has {smallest}; lower num_shots or num_queries, or drop the class"
         )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from metagen_jax.errors import UserError
+
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
 
@@ -66,14 +68,14 @@ def render_glyphs(
 
     Raises:
       ModuleNotFoundError: matplotlib, which carries the faces, is not installed.
-      ValueError: it is installed without them.
+      UserError: it is installed without them.
     """
     import matplotlib
     from PIL import Image, ImageFont
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     if absent := [face for face in FACES if not (folder / f"{face}.ttf").is_file()]:
-        raise ValueError(f"no font {absent[0]}.ttf in {folder}; install matplotlib from PyPI")
+        raise UserError(f"no font {absent[0]}.ttf in {folder}; install matplotlib from PyPI")
     em = round(size * _EM * _OVERSAMPLING**2)
     # Basic layout, as Pillow's other engine is not in every build and may space letters otherwise.
     fonts = [

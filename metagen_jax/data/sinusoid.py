@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from metagen_jax.errors import UserError
 from metagen_jax.types import Episode, PRNGKey
 
 AMPLITUDES = (0.1, 5.0)
@@ -53,10 +54,10 @@ def sample_sinusoid_task(
       even_queries: spread the queries evenly from -5 to 5, both included, in place of drawing them.
 
     Raises:
-      ValueError: if there are fewer than 1 shot or query.
+      UserError: if there are fewer than 1 shot or query.
     """
     if num_shots < 1 or num_queries < 1:
-        raise ValueError(
+        raise UserError(
             f"num_shots is {num_shots} and num_queries {num_queries}; give 1 or more of each"
         )
     amplitude_key, phase_key, support_key, query_key = jax.random.split(key, 4)

@@ -20,12 +20,12 @@ import numpy as np
 
 from metagen_jax.data.classes import (
     FROZEN_SPLITS,
-    DataError,
     LabelledImages,
     frozen_classes,
     select_classes,
 )
 from metagen_jax.data.glyphs import render_glyphs
+from metagen_jax.errors import DataError
 
 # TFDS's own splits of Omniglot are Lake's: they share the cached array with the others.
 _OMNIGLOT_SYNONYMS = {"train": "lake/trainval", "test": "lake/test"}

@@ -41,6 +41,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, GradFn, Metrics, Params, PRNGKey, Trainable
 
 Gradient = Literal["reverse", "first_order"]
@@ -103,13 +104,13 @@ def adapt(
       The adapted parameters, the metrics of each step and, if asked for, the trajectory.
 
     Raises:
-      ValueError: for a negative `num_steps`, an unknown `gradient` or a `trainable` that chooses
+      UserError: for a negative `num_steps`, an unknown `gradient` or a `trainable` that chooses
         no leaf.
     """
     if num_steps < 0:
-        raise ValueError(f"num_steps is {num_steps}; give 0 or more inner steps")
+        raise UserError(f"num_steps is {num_steps}; give 0 or more inner steps")
     if gradient not in ("reverse", "first_order"):
-        raise ValueError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
+        raise UserError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
     moving, fixed = _split(params, trainable)
 
     def step(carry, i):
@@ -147,7 +148,7 @@ def _split(params: Params, trainable: Trainable | None) -> tuple[Params, Params]
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, _ in jax.tree_util.tree_leaves_with_path(params)
         ]
-        raise ValueError(f"trainable chooses none of the parameters; it was asked about {paths}")
+        raise UserError(f"trainable chooses none of the parameters; it was asked about {paths}")
     return moving, jax.tree_util.tree_map_with_path(lambda p, x: None if chosen(p) else x, params)
 
 

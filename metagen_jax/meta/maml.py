@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients
 from metagen_jax.meta.adapt import BatchAt, Gradient, adapt
 from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey, Trainable
@@ -46,12 +47,12 @@ def maml_loss(
       after the last step.
 
     Raises:
-      ValueError: if `query_loss_weights` has not one weight a step.
+      UserError: if `query_loss_weights` has not one weight a step.
     """
     grad_fn = gradients(loss_fn)
     weights = None if query_loss_weights is None else jnp.asarray(query_loss_weights)
     if weights is not None and weights.shape != (num_steps,):
-        raise ValueError(
+        raise UserError(
             f"query_loss_weights has shape {weights.shape}; give one weight for each of the "
             f"{num_steps} inner steps, shape ({num_steps},)"
         )

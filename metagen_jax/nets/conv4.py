@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from metagen_jax.errors import UserError
 from metagen_jax.nets.convolution import Conv, max_pool_2x2
 
 Norm = Literal["batch", "group", "layer", "none"]
@@ -74,7 +75,7 @@ class Conv4(nn.Module):
           `(n, num_outputs)`, or `(n, features)` where `num_outputs` is None.
 
         Raises:
-          ValueError: for an unknown norm, images too small for four max-pools, or a number of
+          UserError: for an unknown norm, images too small for four max-pools, or a number of
             filters that the groups don't divide.
         """
         self._check(images.shape[1], images.shape[2])
@@ -93,14 +94,14 @@ class Conv4(nn.Module):
 
     def _check(self, height: int, width: int) -> None:
         if self.norm not in get_args(Norm):
-            raise ValueError(f'norm is {self.norm!r}; give "batch", "group", "layer" or "none"')
+            raise UserError(f'norm is {self.norm!r}; give "batch", "group", "layer" or "none"')
         if not self.strided and min(height, width) < 16:
-            raise ValueError(
+            raise UserError(
                 f"images have {height}x{width} pixels; four max-pools need at least 16 a side, or "
                 "give strided=True"
             )
         if self.norm == "group" and self.num_filters % NUM_GROUPS:
-            raise ValueError(
+            raise UserError(
                 f"{self.num_filters} filters can't be split into {NUM_GROUPS} groups; give a "
                 f"multiple of {NUM_GROUPS}"
             )

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from metagen_jax.runs.errors import TrainingError, import_extra, one_line, writing
+from metagen_jax.errors import TrainingError, import_extra, one_line, writing
 from metagen_jax.types import Params
 
 Tree = TypeVar("Tree")
@@ -109,7 +109,7 @@ def save_run(
       best_params: NumPy arrays.
 
     Raises:
-      TrainingError: the disk is full or can't be written.
+      UserError: the disk is full or can't be written.
     """
     if jax.process_index() != 0:
         return

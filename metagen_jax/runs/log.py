@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-from metagen_jax.runs.errors import import_extra, writing
+from metagen_jax.errors import import_extra, writing
 
 METRICS = "metrics.jsonl"
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from metagen_jax.errors import TrainingError, UserError, import_extra
 from metagen_jax.runs.checkpoints import (
     LATEST,
     RunState,
@@ -20,7 +21,6 @@ from metagen_jax.runs.checkpoints import (
     saved_steps,
     to_host,
 )
-from metagen_jax.runs.errors import TrainingError, import_extra
 from metagen_jax.runs.history import BestMetric, History
 from metagen_jax.runs.log import RunLog, has_log
 from metagen_jax.runs.progress import ProgressBar, describe_metrics
@@ -58,7 +58,7 @@ class Loop:
         """The state to begin with: the one given, or that of the latest checkpoint."""
         if self.run_dir is None:
             if resume:
-                raise ValueError("resume is True without a run_dir; give that of the run to resume")
+                raise UserError("resume is True without a run_dir; give that of the run to resume")
             return state
         import_extra("orbax.checkpoint")
         if not resume:
@@ -134,7 +134,7 @@ class Loop:
         self.seconds_to_validate = self.lap()
         history.validation_seconds += self.seconds_to_validate
         if self.best_metric[0] not in numbers:
-            raise ValueError(
+            raise UserError(
                 f"best_metric is {self.best_metric[0]!r} and validate gives {sorted(numbers)}; "
                 "name one of them"
             )
@@ -197,6 +197,6 @@ class Loop:
 def _check_scalars(metrics: Metrics) -> None:
     for name, value in metrics.items():
         if value.shape != ():
-            raise ValueError(
+            raise UserError(
                 f"metric {name!r} has shape {value.shape}; give scalars, such as its mean"
             )

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from typing import NamedTuple
 
-from metagen_jax.runs.errors import import_extra
+from metagen_jax.errors import import_extra
 
 # The bar shows means over its last refreshes, some five seconds; a plain line since the last line.
 _BAR_SECONDS, _BAR_WINDOW = 0.2, 25

@@ -1,6 +1,7 @@
 """The command line, errors and result file that all experiments share."""
 
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -188,7 +189,68 @@ def test_a_finished_run_is_not_overwritten_unless_it_is_to_go_on(capsys):
     assert all(words in line for words in ("runs/toy-full", "--run-dir", "--resume"))
     [file] = Path().rglob("result.json")
     assert json.loads(file.read_text()) == first
-    assert run("--seed", "2", "--resume")["seed"] == 2
+    assert run("--seed", "1", "--resume")["seed"] == 1
+
+
+def test_a_run_is_resumed_with_its_own_settings_alone(capsys):
+    first = run("--seed", "1", "--hidden-sizes", "3", "4", "--data-dir", "here")
+    for flags, says in (
+        ("--seed 2 --hidden-sizes 3 4", "--seed 1 where this one has --seed 2"),
+        ("--seed 1", "--hidden-sizes 3 4 where this one has --hidden-sizes 40 40"),
+    ):
+        line = fails(capsys, *flags.split(), "--resume")
+        assert says in line
+        assert "--run-dir" in line
+        [file] = Path().rglob("result.json")
+        assert json.loads(file.read_text()) == first
+    # Where the data and the devices are is another matter.
+    flags = "--seed 1 --hidden-sizes 3 4 --data-dir there --num-devices 1 --resume"
+    assert run(*flags.split())["config"]["data_dir"] == "there"
+
+
+@pytest.mark.parametrize("where", ["", "maml"])
+def test_a_run_that_was_stopped_is_not_begun_anew_in_its_folder(capsys, where):
+    def stopped(config):
+        (config.run_dir / where).mkdir(exist_ok=True)
+        (config.run_dir / where / "metrics.jsonl").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        program.run("toy", stopped, PRESETS, default="full", argv=["--seed", "1"])
+    capsys.readouterr()
+    line = fails(capsys, "--seed", "2")
+    assert all(words in line for words in ("runs/toy-full", "--run-dir", "--resume"))
+    assert run("--seed", "1", "--resume")["seed"] == 1
+
+
+def test_a_run_that_failed_before_its_first_step_may_begin_with_other_settings(capsys):
+    fails(capsys, "--seed", "1", main=own_error_type)
+    assert run("--seed", "2")["seed"] == 2
+
+
+def test_damaged_settings_are_one_line(capsys):
+    run()
+    Path("runs/toy-full/config.json").write_text("{")
+    assert "can't read runs/toy-full/config.json" in fails(capsys, "--resume")
+
+
+def test_what_is_no_number_stands_as_null_in_the_result():
+    numbers = {"mse": float("nan"), "curve": np.array([1.0, np.inf]), "count": 3}
+    result = run(main=lambda config: numbers)
+    assert (result["mse"], result["curve"], result["count"]) == (None, [1.0, None], 3)
+
+
+def test_a_full_disk_at_the_end_is_one_line(capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "no space")
+
+    def fill_the_disk(_):
+        monkeypatch.setattr(Path, "write_text", full)
+        return {}
+
+    assert "no space left on the disk to write runs/toy-full/result.json" in fails(
+        capsys, main=fill_the_disk
+    )
 
 
 def test_a_result_is_written_whole_or_not_at_all():
@@ -198,7 +260,7 @@ def test_a_result_is_written_whole_or_not_at_all():
     with pytest.raises(TypeError, match="can't be written as JSON"):
         program.write_result(file.parent, {"later": object()}, {})
     assert file.read_text() == before
-    assert [path.name for path in file.parent.iterdir()] == ["result.json"]
+    assert {path.name for path in file.parent.iterdir()} == {"config.json", "result.json"}
 
 
 def test_a_number_may_not_take_the_name_of_something_else_in_the_result():
@@ -299,3 +361,18 @@ program.run("toy", main, test_program.PRESETS, default="full")
     subprocess.run([sys.executable, "-c", code, *flags], check=True, env={"JAX_PLATFORMS": "cpu"})
     [file] = Path().rglob("result.json")
     assert json.loads(file.read_text())["devices"] == count
+
+
+def test_a_missing_package_is_one_line_and_status_2():
+    code = """
+import importlib.util, sys
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "tyro" else find_spec(name, *rest)
+import experiments.few_shot
+"""
+    root = Path(program.__file__).parents[1]
+    python = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert python.returncode == 2
+    [line] = python.stderr.splitlines()
+    assert "tyro is not installed" in line
+    assert "pip install --editable '.[experiments]'" in line

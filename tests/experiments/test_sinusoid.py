@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import program, sinusoid
+from experiments import sinusoid
 from metagen_jax.data.sinusoid import sample_sinusoid_task
+from metagen_jax.errors import UserError
+from metagen_jax.evaluation.estimates import estimate
 from metagen_jax.nets.mlp import MLP
 
 TINY = dataclasses.replace(
@@ -64,18 +66,12 @@ def test_test_tasks_are_those_of_their_seed_with_even_queries_and_those_of_more_
     assert not np.isin(others.amplitude, more.amplitude).any()
 
 
-def test_the_interval_is_that_of_a_mean_over_tasks():
-    curve = sinusoid.over_tasks(np.array([[1.0, 5.0], [2.0, 5.0], [6.0, 5.0]]))
-    np.testing.assert_allclose(curve.mean, [3, 5])
-    np.testing.assert_allclose(curve.interval, [1.96 * np.sqrt(7) / np.sqrt(3), 0])
-
-
 def test_one_diverged_task_makes_the_mean_infinite_not_a_nan_and_only_after_that_step():
     net = MLP((8,), 1)
     variables = net.init(jax.random.key(0), jnp.zeros((1, 1)))
     tasks = sinusoid.sample_test_tasks(TINY, seed=5, num_tasks=4)
     errors = sinusoid.squared_errors(net, variables, tasks.episode, 1e12, num_steps=4)
-    curve = sinusoid.over_tasks(errors)
+    curve = estimate(errors)
     assert np.isfinite(curve.mean[0])
     assert curve.mean[-1] == np.inf
     assert curve.interval[-1] == np.inf
@@ -116,9 +112,8 @@ def test_tasks_that_the_devices_do_not_divide_are_a_user_error(tmp_path):
     config = dataclasses.replace(TINY, num_tasks=3, num_devices=2, run_dir=tmp_path)
     if len(jax.devices()) < 2:
         pytest.skip("needs two devices")
-    with pytest.raises(ValueError, match="3 tasks cannot be split evenly over 2 devices") as caught:
+    with pytest.raises(UserError, match="3 tasks cannot be split evenly over 2 devices"):
         sinusoid.main(config)
-    assert program.is_user_error(caught.value)
 
 
 @pytest.mark.slow

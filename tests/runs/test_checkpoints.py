@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from metagen_jax.errors import TrainingError, UserError
 from metagen_jax.runs.checkpoints import (
     BEST,
     LATEST,
@@ -21,7 +22,6 @@ from metagen_jax.runs.checkpoints import (
     saved_steps,
     to_host,
 )
-from metagen_jax.runs.errors import TrainingError
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -140,6 +140,6 @@ def test_a_run_without_checkpoints_restores_nothing(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
-    with pytest.raises(TrainingError, match="can't write") as raised:
+    with pytest.raises(UserError, match="can't write") as raised:
         save_run(tmp_path, 1, to_host(make_state()), RECORD, None)
     assert "\n" not in str(raised.value)

@@ -8,8 +8,15 @@ import pytest
 from metagen_jax.runs.interrupts import stop_requests
 
 
-def test_the_first_ctrl_c_asks_and_the_second_insists(capfd):
-    usual = signal.getsignal(signal.SIGINT)
+@pytest.fixture
+def usual():
+    """Python's own handler of Ctrl-C; a shell's background jobs start with none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_ctrl_c_asks_and_the_second_insists(usual, capfd):
     with stop_requests() as stop:
         assert not stop.is_set()
         os.kill(os.getpid(), signal.SIGINT)

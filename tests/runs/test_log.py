@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from metagen_jax.runs.errors import TrainingError
+from metagen_jax.errors import UserError
 from metagen_jax.runs.log import RunLog, has_log
 
 pytest.importorskip("tensorboardX")
@@ -52,5 +52,5 @@ def test_a_log_counts_from_its_first_line(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TrainingError, match=r"can't write .*metrics.jsonl"):
+    with pytest.raises(UserError, match=r"can't write .*metrics.jsonl"):
         RunLog(tmp_path / "file" / "run", start_step=0)

@@ -1,4 +1,4 @@
-"""What can go wrong with a run, each in one line that says what to do."""
+"""Errors that a person can mend, each in one line: what was given, what is needed, what to do."""
 
 import contextlib
 import errno
@@ -11,7 +11,19 @@ from types import ModuleType
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class TrainingError(ValueError):
+class UserError(ValueError):
+    """An argument, a setting, a file or a machine that can't be used as it is.
+
+    Whatever this project refuses, it refuses by this, so that a program can tell its user's
+    mistakes, for which the message is enough, from its own, which need a traceback.
+    """
+
+
+class DataError(UserError):
+    """Data that are not there, not of the kind needed, or asked for by an unknown name."""
+
+
+class TrainingError(UserError):
     """A run that can't start, go on or be resumed."""
 
 
@@ -21,16 +33,16 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns whatever fails while `path` is written into a `TrainingError`."""
+    """Turns whatever fails while `path` is written into a `UserError`."""
     try:
         yield
     except Exception as error:
         if _is_disk_full(error):
-            raise TrainingError(
+            raise UserError(
                 f"no space left on the disk to write {path}; what was saved before is whole: make "
                 "room, then continue the run (--resume)"
             ) from error
-        raise TrainingError(f"can't write {path} ({one_line(error)})") from error
+        raise UserError(f"can't write {path} ({one_line(error)})") from error
 
 
 def import_extra(name: str) -> ModuleType:
@@ -38,7 +50,7 @@ def import_extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise TrainingError(
+        raise UserError(
             f"{error.name} is not installed; pip install 'metagen-jax[experiments]'"
         ) from error
 
