@@ -90,7 +90,9 @@ class Config:
     num_tasks: int = 32
     """Tasks in an outer step."""
     outer_rate: float = 3e-3
-    """Peak learning rate of the outer Adam, warmed up, then decayed along a cosine."""
+    """Learning rate of the outer Adam."""
+    cosine: bool = True
+    """Warm the outer rate up and let it decay along a cosine; otherwise keep it."""
     chunk: int = 1
     """Tasks that a device works on at once; 1 is fastest on a CPU."""
     validate_every: int = 200
@@ -118,7 +120,7 @@ class Config:
 
 
 # Published: 60,000 steps; 5-way 1 inner step at 0.4, 20-way 5 at 0.1; Adam at 1e-3; as many queries
-# as shots, at test as well. Here fewer steps at a higher, decaying rate, and one inner step.
+# as shots, at test as well. For 2 cores fewer steps at a higher, decaying rate, and one inner step.
 _OMNIGLOT = Config(
     dataset="omniglot",
     num_queries=1,
@@ -126,6 +128,8 @@ _OMNIGLOT = Config(
     validate_every=500,
     pretraining_steps=3000,
 )
+
+_PUBLISHED: dict[str, Any] = {"steps": 60_000, "outer_rate": 1e-3, "cosine": False}
 
 PRESETS = {
     "glyphs": Config(),
@@ -151,6 +155,16 @@ PRESETS = {
         test_queries=(5, 15),
         num_tasks=8,
         steps=2000,
+    ),
+    "omniglot-5w1s-published": replace(_OMNIGLOT, num_ways=5, **_PUBLISHED),
+    "omniglot-20w1s-published": replace(
+        _OMNIGLOT,
+        num_ways=20,
+        num_tasks=16,
+        inner_rate=0.1,
+        inner_steps=5,
+        test_steps=5,
+        **_PUBLISHED,
     ),
 }
 
@@ -187,9 +201,10 @@ def to_class_data(config: Config, images: LabelledImages, num_queries: int) -> C
     return data
 
 
-def ink(images: jax.Array) -> jax.Array:
-    """Bytes with dark ink on light paper to floats with ink near 1 and paper 0."""
-    return 1 - images.astype(jnp.float32) / 255
+def normalise(images: jax.Array) -> jax.Array:
+    """Bytes to floats in [0, 1]; one channel is turned round, so that dark ink is near 1."""
+    scaled = images.astype(jnp.float32) / 255
+    return 1 - scaled if images.shape[-1] == 1 else scaled
 
 
 def sampler(config: Config, num_queries: int) -> few_shot.Sample:
@@ -204,13 +219,13 @@ def sampler(config: Config, num_queries: int) -> few_shot.Sample:
             num_queries=num_queries,
             num_rotations=config.rotations,
         )
-        return Episode(*((ink(images), labels) for images, labels in episode))
+        return Episode(*((normalise(images), labels) for images, labels in episode))
 
     return sample
 
 
 def check(config: Config) -> None:
-    """Raises a ValueError for settings that would fail only after training, or without sense."""
+    """Raises a UserError for settings that would fail only after training, or without sense."""
     counts = ("num_shots", "num_queries", "num_tasks", "num_validation_tasks", "num_filters")
     steps = ("steps", "inner_steps", "pretraining_steps", "test_steps")
     program.require(
@@ -271,15 +286,20 @@ def meta_train(config: Config, data: ClassData, val_data: ClassData) -> Learned:
             val_data,
             key=jax.random.key(few_shot_report.VALIDATION_SEED),
             num_tasks=config.num_validation_tasks,
+            chunk=config.chunk,
+            devices=jax.local_devices()[: config.num_devices],
         )
         return {"accuracy": accuracies["transductive"].mean.max()}
 
-    rate = optax.warmup_cosine_decay_schedule(
-        0.0, config.outer_rate, max(1, config.steps // 50), config.steps
+    rate = config.outer_rate
+    warmup = max(1, config.steps // 50)
+    optimizer = optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps)
+        if config.cosine
+        else rate
     )
-    optimizer = optax.adam(rate)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    params = net.init(init_key, ink(data.examples[:1]))
+    params = net.init(init_key, normalise(data.examples[:1]))
     devices = program.devices_for(config.num_devices, config.num_tasks)
     grad_fn = data_parallel(
         mean_over_tasks(gradients(episode_loss), chunk=config.chunk), devices=devices
@@ -305,11 +325,11 @@ def pretrain(config: Config, data: ClassData) -> Params:
 
     def sample(key: PRNGKey, data: ClassData):
         images, labels = sample_batch(key, data, batch_size=128, num_rotations=config.rotations)
-        return ink(images), labels
+        return normalise(images), labels
 
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-3, config.pretraining_steps))
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    params = net.init(init_key, ink(data.examples[:1]))
+    params = net.init(init_key, normalise(data.examples[:1]))
     return fit(
         train_step(gradients(cross_entropy_loss(net.apply)), optimizer, sample),
         init_state(params, optimizer, train_key),
@@ -356,6 +376,8 @@ def main(config: Config) -> dict[str, Any]:
         test,
         num_ways=config.num_ways,
         num_tasks=config.num_test_tasks,
+        chunk=config.chunk,
+        devices=jax.local_devices()[: config.num_devices],
         run_dir=config.run_dir,
     )
 

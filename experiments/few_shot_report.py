@@ -1,7 +1,8 @@
 """The test of `experiments.few_shot`: its tables and pictures."""
 
+import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,13 +14,8 @@ import rich.table
 
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.evaluation import baselines, plots
-from metagen_jax.evaluation.few_shot import (
-    Accuracy,
-    Sample,
-    both_modes,
-    evaluate_few_shot,
-    percent,
-)
+from metagen_jax.evaluation.estimates import Estimate, percent
+from metagen_jax.evaluation.few_shot import Sample, both_modes, evaluate_few_shot
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.types import MetaParams, Params, PredictFn
 
@@ -52,7 +48,7 @@ class Row(NamedTuple):
 
     method: str
     steps: str
-    accuracies: Mapping[str, Accuracy]
+    accuracies: Mapping[str, Estimate]
 
 
 def report(
@@ -63,6 +59,8 @@ def report(
     *,
     num_ways: int,
     num_tasks: int,
+    chunk: int,
+    devices: Sequence[jax.Device],
     run_dir: Path,
 ) -> dict[str, Any]:
     """Tests with each number of queries, prints the tables, draws the pictures.
@@ -74,18 +72,23 @@ def report(
       test_data: classes of the test.
       num_ways: classes of an episode.
       num_tasks: episodes of the test.
+      chunk: how many episodes a device works on at once.
+      devices: what to spread the episodes over.
       run_dir: where pictures are written, and where `metrics.jsonl` is.
 
     Returns:
       The numbers of the tables; those of later samplers end in `_15_queries` and the like.
     """
     numbers: dict[str, Any] = {}
+    schedule = {"chunk": chunk, "devices": devices}
     for num_queries, sample in samplers.items():
         suffix = f"_{num_queries}_queries" if numbers else ""
 
         def evaluate(predict, params, data, seed, count=num_tasks, sample=sample):
             key = jax.random.key(seed)
-            return evaluate_few_shot(predict, params, sample, data, key=key, num_tasks=count)
+            return evaluate_few_shot(
+                predict, params, sample, data, key=key, num_tasks=count, **schedule
+            )
 
         few = min(NUM_CHOICE_TASKS, num_tasks)
         steps = evaluate(subject.predict, subject.params, val_data, VALIDATION_SEED, few)
@@ -95,7 +98,17 @@ def report(
             Row(subject.name, str(step) if step else "none", _at_step(learner, step))
             for step in range(len(learner["transductive"].mean))
         ]
-        rows += _baselines(subject, evaluate, val_data, test_data, sample, num_ways, num_tasks)
+        choose = functools.partial(
+            baselines.choose_fine_tuning,
+            params=subject.pretrained,
+            sample=sample,
+            data=val_data,
+            key=jax.random.key(VALIDATION_SEED),
+            rates=FINE_TUNING_RATES,
+            num_tasks=min(100, num_tasks),
+            **schedule,
+        )
+        rows += _baselines(subject, evaluate, choose, test_data, num_ways)
         title = f"{num_tasks} episodes of unseen classes, {num_queries} queries a class"
         _print_table(title, rows, best)
         found = {
@@ -120,7 +133,7 @@ def report(
 
 
 def _baselines(
-    subject: Subject, evaluate: Callable, val_data, test_data, sample: Sample, num_ways, num_tasks
+    subject: Subject, evaluate: Callable, choose: Callable, test_data: ClassData, num_ways: int
 ) -> list[Row]:
     """Fine-tuning as it does best on validation classes, and nearest neighbours in pixels."""
     fine_tune = baselines.fine_tune_predict(
@@ -130,15 +143,7 @@ def _baselines(
         num_steps=FINE_TUNING_STEPS,
         every_step=True,
     )
-    chosen = baselines.choose_fine_tuning(
-        fine_tune,
-        subject.pretrained,
-        sample,
-        val_data,
-        key=jax.random.key(VALIDATION_SEED),
-        rates=FINE_TUNING_RATES,
-        num_tasks=min(100, num_tasks),
-    )["transductive"]
+    chosen = choose(fine_tune)["transductive"]
     params = MetaParams(subject.pretrained, jnp.float32(chosen.rate))
     tuned = _at_step(evaluate(fine_tune, params, test_data, TEST_SEED), chosen.num_steps)
     nearest_predict = baselines.nearest_neighbour_predict(num_ways)
@@ -149,12 +154,9 @@ def _baselines(
     ]
 
 
-def _at_step(accuracies: Mapping[str, Accuracy], step: int) -> dict[str, Accuracy]:
+def _at_step(accuracies: Mapping[str, Estimate], step: int) -> dict[str, Estimate]:
     """The accuracies after so many steps."""
-    return {
-        mode: Accuracy(a.mean[step], a.interval[step], a.per_task[:, step])
-        for mode, a in accuracies.items()
-    }
+    return {mode: accuracy.at(step) for mode, accuracy in accuracies.items()}
 
 
 def _numbers(name: str, row: Row, suffix: str) -> dict[str, float]:

@@ -14,7 +14,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ from metagen_jax.data.sinusoid import (
     sample_sinusoid_task,
     sinusoid,
 )
+from metagen_jax.errors import writing
+from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss, maml_predict
 from metagen_jax.nets.mlp import MLP
@@ -99,20 +101,6 @@ PRESETS = {
     "published": Config(num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False),
     "smoke": Config(steps=20, num_validation_tasks=20, num_test_tasks=50),
 }
-
-
-class Curve(NamedTuple):
-    """Mean squared error over tasks, before adaptation and after each step.
-
-    Attributes:
-      mean: `(steps + 1,)`.
-      interval: `(steps + 1,)`, half width of the 95 % interval of the mean.
-      per_task: `(tasks, steps + 1)`.
-    """
-
-    mean: np.ndarray
-    interval: np.ndarray
-    per_task: np.ndarray
 
 
 def train(
@@ -210,25 +198,15 @@ def squared_errors(
     return jnp.where(jnp.isfinite(errors), errors, jnp.inf)
 
 
-def over_tasks(errors: Float[Array, "tasks steps_and_1"]) -> Curve:
-    """Mean and 95 % interval over tasks; both infinite after a step with which one diverged."""
-    per_task = np.asarray(errors, np.float64)
-    finite = np.isfinite(per_task).all(axis=0)
-    shown = np.where(finite, per_task, 0)
-    interval = 1.96 * shown.std(axis=0, ddof=1) / np.sqrt(len(per_task))
-    mean = np.where(finite, shown.mean(axis=0), np.inf)
-    return Curve(mean, np.where(finite, interval, np.inf), per_task)
-
-
 def main(config: Config) -> dict[str, Any]:
     """Trains the three networks, tests them, prints the table and draws the figure."""
     net = MLP(config.hidden_sizes, 1)
     validation = sample_test_tasks(config, VALIDATION_SEED, config.num_validation_tasks)
     test = sample_test_tasks(config, TEST_SEED, config.num_test_tasks)
 
-    def evaluate(params: Params, tasks: SinusoidTask, rate: float) -> Curve:
+    def evaluate(params: Params, tasks: SinusoidTask, rate: float) -> Estimate:
         errors = squared_errors(net, params, tasks.episode, rate, num_steps=config.test_steps)
-        return over_tasks(errors)
+        return estimate(errors)
 
     def validate(params: Params) -> dict[str, float]:
         mean = evaluate(params, validation, config.inner_rate).mean
@@ -249,7 +227,7 @@ def main(config: Config) -> dict[str, Any]:
     curves = {
         "maml": evaluate(maml.best_params, test, config.inner_rate),
         "pretrained": evaluate(pretrained.best_params, test, pretrained_rate),
-        "oracle": over_tasks(squared_errors(net, oracle.best_params, known, 0.0, num_steps=0)),
+        "oracle": estimate(squared_errors(net, oracle.best_params, known, 0.0, num_steps=0)),
     }
     labels = {
         "maml": f"MAML, rate {config.inner_rate:g}",
@@ -277,7 +255,7 @@ def main(config: Config) -> dict[str, Any]:
     }
 
 
-def show_table(config: Config, curves: dict[str, Curve], labels: dict[str, str]) -> None:
+def show_table(config: Config, curves: dict[str, Estimate], labels: dict[str, str]) -> None:
     """Prints mean squared errors and their 95 % intervals after some numbers of steps."""
     table = rich.table.Table(
         title=f"{config.test_shots}-shot mean squared error\n{config.num_test_tasks} test tasks, "
@@ -293,7 +271,7 @@ def show_table(config: Config, curves: dict[str, Curve], labels: dict[str, str])
     rich.console.Console().print(table)
 
 
-def cell(curve: Curve, step: int) -> str:
+def cell(curve: Estimate, step: int) -> str:
     """An entry of the table; empty for steps that were not taken."""
     if step >= len(curve.mean):
         return ""
@@ -305,7 +283,7 @@ def draw(
     net: MLP,
     params: Params,
     test: SinusoidTask,
-    curves: dict[str, Curve],
+    curves: dict[str, Estimate],
     labels: dict[str, str],
 ) -> None:
     """Draws adaptation curves and, beside them, MAML on one test task, as `sinusoid.png`."""
@@ -347,7 +325,9 @@ def draw(
     right.plot(support_x, support_y, "k^", label=f"the {config.test_shots} points given")
     right.set(title="MAML on the test task of median error", xlabel="x", ylabel="y")
     right.legend(fontsize="small")
-    figure.savefig(config.run_dir / "sinusoid.png", dpi=120)
+    path = config.run_dir / "sinusoid.png"
+    with writing(path):
+        figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

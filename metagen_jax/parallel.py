@@ -1,4 +1,4 @@
-"""Data parallelism over tasks: the only file that knows devices.
+"""Parallelism over tasks: the only file that knows devices.
 
     grad_fn = data_parallel(mean_over_tasks(gradients(maml_loss(...)), chunk=1))
     step = train_step(grad_fn, optimizer, sample)
@@ -19,6 +19,7 @@ A batch sampled under the same `jit` as `data_parallel` is sampled in parallel t
 splits the sampler as the tasks are split, and gradients and metrics stay the only communication.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -28,6 +29,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from metagen_jax.errors import UserError
 from metagen_jax.gradients import count_tasks, task_keys
 from metagen_jax.types import Batch, GradFn, Metrics, Params
 
@@ -72,7 +74,7 @@ def data_parallel(
       be one key, or `T` keys, one for each task.
 
     Raises:
-      ValueError: if the devices do not divide the tasks, there is not one key for each task, there
+      UserError: if the devices do not divide the tasks, there is not one key for each task, there
         are no devices, `method` is unknown, or "pmap" is given the devices of another host.
     """
     devices = _list_devices(devices)
@@ -88,7 +90,59 @@ def data_parallel(
         return _by_shard_map(on_each_device, devices, axis_name)
     if method == "pmap":
         return _by_pmap(on_each_device, devices, axis_name)
-    raise ValueError(f'method is {method!r}; give "shard_map" or "pmap"')
+    raise UserError(f'method is {method!r}; give "shard_map" or "pmap"')
+
+
+def map_over_tasks(
+    task_fn: Callable[[PyTree, PyTree], PyTree],
+    *,
+    devices: Devices | None = None,
+    chunk: int = 1,
+    axis_name: str = "tasks",
+) -> Callable[[PyTree, PyTree], PyTree]:
+    """A function of one task, for many tasks spread over devices, without communication.
+
+    `f(shared, tasks)[t] = task_fn(shared, tasks[t])`
+
+    Args:
+      task_fn: `(shared, task) -> result`, pytrees of arrays.
+      devices: as in `data_parallel`, but only of this host.
+      chunk: how many tasks a device works on at once.
+      axis_name: what the axis of devices is called.
+
+    Returns:
+      `(shared, tasks) -> results`, with a leading axis of the tasks, whose number the devices need
+      not divide.
+
+    Raises:
+      UserError: if `chunk` is not positive or there are no devices.
+    """
+    if chunk < 1:
+        raise UserError(f"chunk is {chunk}; give a positive number of tasks")
+    devices = _list_devices(jax.local_devices() if devices is None else devices)
+
+    def on_each_device(shared: PyTree, tasks: PyTree) -> PyTree:
+        # A batch of one would still turn every product into a batched one.
+        batch_size = chunk if chunk > 1 else None
+        return jax.lax.map(functools.partial(task_fn, shared), tasks, batch_size=batch_size)
+
+    mapped = jax.shard_map(
+        on_each_device,
+        mesh=_mesh(devices, axis_name),
+        in_specs=(PartitionSpec(), PartitionSpec(axis_name)),
+        out_specs=PartitionSpec(axis_name),
+        # As in `data_parallel`, for the gradients that task_fn may take.
+        check_vma=False,
+    )
+
+    def over_all(shared: PyTree, tasks: PyTree) -> PyTree:
+        num_tasks = count_tasks(tasks)
+        # The last device works on repeats of the first tasks if there is nothing else to do.
+        filled = jnp.arange(-(-num_tasks // len(devices)) * len(devices)) % num_tasks
+        results = mapped(shared, jax.tree.map(lambda x: x[filled], tasks))
+        return jax.tree.map(lambda x: x[:num_tasks], results)
+
+    return over_all
 
 
 def replicate(tree: PyTree, *, devices: Devices | None = None, axis_name: str = "tasks") -> PyTree:
@@ -103,7 +157,7 @@ def replicate(tree: PyTree, *, devices: Devices | None = None, axis_name: str = 
       axis_name: as in `data_parallel`.
 
     Raises:
-      ValueError: if there are no devices.
+      UserError: if there are no devices.
     """
     everywhere = NamedSharding(_mesh(_list_devices(devices), axis_name), PartitionSpec())
 
@@ -141,7 +195,7 @@ def _by_shard_map(on_each_device: Callable, devices: Devices, axis_name: str) ->
 def _by_pmap(on_each_device: Callable, devices: Devices, axis_name: str) -> GradFn:
     elsewhere = [d for d in devices if d.process_index != jax.process_index()]
     if elsewhere:
-        raise ValueError(
+        raise UserError(
             f"{len(elsewhere)} of {len(devices)} devices belong to other hosts, which method "
             '"pmap" does not reach; use method "shard_map", or devices=jax.local_devices()'
         )
@@ -164,7 +218,7 @@ def _by_pmap(on_each_device: Callable, devices: Devices, axis_name: str) -> Grad
 def _list_devices(devices: Devices | None) -> Devices:
     devices = list(jax.devices() if devices is None else devices)
     if not devices:
-        raise ValueError("devices is empty; give at least one device, or None for all")
+        raise UserError("devices is empty; give at least one device, or None for all")
     return devices
 
 
@@ -177,13 +231,13 @@ def _split_keys(batch: Batch, key: Key[Array, "..."], num_devices: int) -> Key[A
     num_tasks = count_tasks(batch)
     if num_tasks % num_devices:
         fewer = max(n for n in range(1, num_devices) if num_tasks % n == 0)
-        raise ValueError(
+        raise UserError(
             f"a batch of {num_tasks} tasks cannot be split evenly over {num_devices} devices; "
             f"give a multiple of {num_devices} tasks, or fewer devices, such as {fewer}"
         )
     keys = task_keys(key, num_tasks) if key.ndim == 0 else key
     if keys.shape != (num_tasks,):
-        raise ValueError(
+        raise UserError(
             f"key has shape {keys.shape} for a batch of {num_tasks} tasks; "
             f"give one key, or keys of shape ({num_tasks},)"
         )

@@ -10,9 +10,10 @@ import optax
 import pytest
 
 from metagen_jax.data.episodes import group_by_class, sample_episode
+from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss
-from metagen_jax.parallel import data_parallel, replicate
+from metagen_jax.parallel import data_parallel, map_over_tasks, replicate
 from metagen_jax.supervised import cross_entropy_loss, squared_error_loss
 from metagen_jax.training import init_state, train_step
 from metagen_jax.types import Episode
@@ -241,6 +242,31 @@ def test_a_step_leaves_replicated_state_where_it_was(num_devices):
         assert now.sharding.is_equivalent_to(before.sharding, now.ndim)
     np.testing.assert_array_equal(state["w"], params["w"])
     np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(jax.random.key(4)))
+
+
+@pytest.mark.parametrize("num_devices", [1, 3, 8])
+@pytest.mark.parametrize("chunk", [1, 2, 100])
+def test_mapping_over_tasks_is_a_loop_whatever_the_devices_and_chunks(num_devices, chunk):
+    params, tasks = example()
+
+    def adapt_once(params, task):  # A gradient, which must be that of this task alone.
+        direction, metrics = gradients(regression)(params, task, jax.random.key(0))
+        return {"loss": metrics["loss"], "norm": optax.tree.norm(direction)}
+
+    mapped = map_over_tasks(adapt_once, devices=cpus(num_devices), chunk=chunk)
+    results = jax.jit(mapped)(params, tasks.query)
+    for i in range(NUM_TASKS):
+        alone = adapt_once(params, jax.tree.map(lambda x: x[i], tasks.query))  # noqa: B023
+        for name, value in alone.items():
+            assert results[name].shape == (NUM_TASKS,)
+            np.testing.assert_allclose(results[name][i], value, rtol=1e-5)
+
+
+def test_mapping_over_tasks_refuses_what_it_cannot_do():
+    with pytest.raises(UserError, match="chunk is 0; give a positive number"):
+        map_over_tasks(lambda shared, task: task, chunk=0)
+    with pytest.raises(UserError, match="devices is empty"):
+        map_over_tasks(lambda shared, task: task, devices=[])
 
 
 @pytest.mark.parametrize("method", ["shard_map", "pmap"])

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from metagen_jax.evaluation.few_shot import Accuracy, Predict, Sample, evaluate_few_shot
+from metagen_jax.errors import UserError
+from metagen_jax.evaluation.estimates import Estimate
+from metagen_jax.evaluation.few_shot import Predict, Sample, evaluate_few_shot
 from metagen_jax.meta.maml import maml_predict
 from metagen_jax.types import Batch, LossFn, MetaParams, Params, PredictFn, PRNGKey, Trainable
 
@@ -99,7 +101,7 @@ def replace_head(params: Params, num_outputs: int, *, head: str = "head") -> Par
       head: the name of that part.
 
     Raises:
-      ValueError: if no part has that name.
+      UserError: if no part has that name.
     """
 
     def in_head(path) -> bool:
@@ -108,7 +110,7 @@ def replace_head(params: Params, num_outputs: int, *, head: str = "head") -> Par
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     if not any(map(in_head, paths)):
         names = sorted({jax.tree_util.keystr(p, simple=True, separator="/") for p in paths})
-        raise ValueError(f"none of the parameters {names} is in {head!r}; name the head by `head`")
+        raise UserError(f"none of the parameters {names} is in {head!r}; name the head by `head`")
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jnp.zeros((*x.shape[:-1], num_outputs), x.dtype) if in_head(path) else x,
         params,
@@ -120,7 +122,7 @@ class FineTuning(NamedTuple):
 
     rate: float
     num_steps: int
-    accuracy: Accuracy
+    accuracy: Estimate
 
 
 def choose_fine_tuning(
@@ -133,6 +135,7 @@ def choose_fine_tuning(
     rates: Sequence[float],
     num_tasks: int = 200,
     chunk: int = 1,
+    devices: Sequence[jax.Device] | None = None,
 ) -> PyTree:
     """The rate and number of steps with the best mean accuracy on the same validation tasks.
 
@@ -145,16 +148,17 @@ def choose_fine_tuning(
       rates: the rates to try; every number of steps up to that of `predict` is tried with each.
       num_tasks: how many tasks.
       chunk: as in `evaluate_few_shot`.
+      devices: as in `evaluate_few_shot`.
 
     Returns:
       The pytree of `predict` with a `FineTuning` for each array of logits. Among equals, the first
       rate and the fewest steps.
 
     Raises:
-      ValueError: if there are no rates, or `predict` does not predict at every step.
+      UserError: if there are no rates, or `predict` does not predict at every step.
     """
     if not rates:
-        raise ValueError("rates is empty; give the learning rates to try")
+        raise UserError("rates is empty; give the learning rates to try")
     runs = [
         evaluate_few_shot(
             predict,
@@ -164,23 +168,22 @@ def choose_fine_tuning(
             key=key,
             num_tasks=num_tasks,
             chunk=chunk,
+            devices=devices,
         )
         for rate in rates
     ]
 
-    def best(*accuracies: Accuracy) -> FineTuning:
+    def best(*accuracies: Estimate) -> FineTuning:
         grid = np.stack([accuracy.mean for accuracy in accuracies])
         if grid.ndim != 2:
-            raise ValueError(
+            raise UserError(
                 f"predict gives accuracies of shape {grid.shape[1:]} a task and must give one for "
                 "each number of steps; make it with every_step=True"
             )
         rate, step = np.unravel_index(grid.argmax(), grid.shape)
-        of_rate = accuracies[int(rate)]
-        chosen = Accuracy(of_rate.mean[step], of_rate.interval[step], of_rate.per_task[:, step])
-        return FineTuning(float(rates[int(rate)]), int(step), chosen)
+        return FineTuning(float(rates[int(rate)]), int(step), accuracies[int(rate)].at(int(step)))
 
-    return jax.tree.map(best, *runs, is_leaf=lambda x: isinstance(x, Accuracy))
+    return jax.tree.map(best, *runs, is_leaf=lambda x: isinstance(x, Estimate))
 
 
 def _flatten(inputs: PyTree) -> Float[Array, "n features"]:

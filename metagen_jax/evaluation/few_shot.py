@@ -7,16 +7,16 @@ questions. *Inductive*: the support set, so that each query is answered by itsel
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
+from metagen_jax.errors import UserError
+from metagen_jax.evaluation.estimates import estimate
 from metagen_jax.gradients import task_keys
+from metagen_jax.parallel import map_over_tasks, replicate
 from metagen_jax.types import Batch, Episode, Params, PredictFn, PRNGKey
 
 Sample = Callable[[PRNGKey, Any], Episode]
@@ -24,21 +24,6 @@ Sample = Callable[[PRNGKey, Any], Episode]
 
 Predict = Callable[[Params, Batch, PyTree], PyTree]
 """`predict_fn(params, support, inputs) -> logits`, what `maml_predict` asks adapted parameters."""
-
-
-class Accuracy(NamedTuple):
-    """Accuracy over tasks, as fractions.
-
-    Attributes:
-      mean: over tasks; its shape is that of the leading axes of the logits, such as the steps.
-      interval: half width of the 95 % interval of the mean, `1.96 s / sqrt(tasks)`.
-      per_task: `(tasks, *mean.shape)`. Learners evaluated with one key saw the same tasks, so that
-        the difference of these has a narrower interval than the means have.
-    """
-
-    mean: np.ndarray
-    interval: np.ndarray
-    per_task: np.ndarray
 
 
 def evaluate_few_shot(
@@ -71,44 +56,27 @@ def evaluate_few_shot(
       devices: what to spread the tasks over; None takes all of this host.
 
     Returns:
-      The pytree of `predict` with an `Accuracy` for each array of logits. A query with a NaN among
-      its logits counts as wrong.
+      The pytree of `predict` with an `Estimate` of the accuracy, a fraction, for each array of
+      logits. A query with a NaN among its logits counts as wrong.
 
     Raises:
-      ValueError: if `num_tasks` is less than 2, `chunk` less than 1, or the logits don't match the
+      UserError: if `num_tasks` is less than 2, `chunk` less than 1, or the logits don't match the
         labels.
     """
     if num_tasks < 2:
-        raise ValueError(f"num_tasks is {num_tasks}; an interval needs 2 or more, 1000 is usual")
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}; give a positive number of tasks")
-    devices = jax.local_devices() if devices is None else devices
-    mesh = Mesh(np.array(devices), ("tasks",), axis_types=(AxisType.Auto,))
-    params, data, key = jax.device_put((params, data, key), NamedSharding(mesh, P()))
+        raise UserError(f"num_tasks is {num_tasks}; an interval needs 2 or more, 1000 is usual")
+    devices = tuple(jax.local_devices() if devices is None else devices)
+    shared = replicate((params, data), devices=devices)
     correct = _task_accuracies(
-        params,
-        data,
-        key,
+        shared,
+        replicate(key, devices=devices),
         predict=predict,
         sample=sample,
         num_tasks=num_tasks,
         chunk=chunk,
-        mesh=mesh,
+        devices=devices,
     )
-    return jax.tree.map(accuracy_over_tasks, correct)
-
-
-def accuracy_over_tasks(per_task: Float[np.ndarray, "tasks *steps"]) -> Accuracy:
-    """Mean and 95 % interval, `1.96 s / sqrt(tasks)`, s with `tasks - 1` degrees of freedom."""
-    per_task = np.asarray(per_task, np.float64)
-    spread = per_task.std(axis=0, ddof=1)
-    return Accuracy(per_task.mean(axis=0), 1.96 * spread / np.sqrt(len(per_task)), per_task)
-
-
-def percent(accuracy: Accuracy, step: int | tuple[int, ...] = ()) -> str:
-    """An accuracy as it stands in a table, such as "98.02 ± 0.21 %"; `step` indexes its mean."""
-    mean, interval = accuracy.mean[step], accuracy.interval[step]
-    return f"{100 * mean:.2f} ± {100 * interval:.2f} %"
+    return jax.tree.map(estimate, correct)
 
 
 def transductive(apply: Callable[..., Any]) -> Predict:
@@ -157,39 +125,25 @@ def both_modes(apply: Callable[..., Any]) -> Predict:
     return predict_fn
 
 
-@functools.partial(jax.jit, static_argnames=("predict", "sample", "num_tasks", "chunk", "mesh"))
-def _task_accuracies(params, data, key, *, predict, sample, num_tasks, chunk, mesh):
+@functools.partial(jax.jit, static_argnames=("predict", "sample", "num_tasks", "chunk", "devices"))
+def _task_accuracies(shared, key, *, predict, sample, num_tasks, chunk, devices):
     """The pytree of `predict` with the accuracies `(num_tasks, ...)` of each array of logits."""
 
-    def task_accuracy(params, data, key):
+    def task_accuracy(shared, key):
+        params, data = shared
         episode_key, predict_key = jax.random.split(key)
         episode = sample(episode_key, data)
         inputs, labels = episode.query
         logits = predict(params, episode.support, inputs, predict_key)
         return jax.tree.map(lambda x: _accuracy(x, labels), logits)
 
-    def accuracies(params, data, keys):
-        # A batch of one would still turn every product into a batched one.
-        batch_size = chunk if chunk > 1 else None
-        one_task = functools.partial(task_accuracy, params, data)
-        return jax.lax.map(one_task, keys, batch_size=batch_size)
-
-    # What the devices don't divide is filled up with further tasks, which are then dropped.
-    keys = task_keys(key, -(-num_tasks // mesh.size) * mesh.size)
-    spread = jax.shard_map(
-        accuracies,
-        mesh=mesh,
-        in_specs=(P(), P(), P("tasks")),
-        out_specs=P("tasks"),
-        # With it the gradient inside `predict` would be summed over the tasks of all devices.
-        check_vma=False,
-    )
-    return jax.tree.map(lambda x: x[:num_tasks], spread(params, data, keys))
+    over_tasks = map_over_tasks(task_accuracy, devices=devices, chunk=chunk)
+    return over_tasks(shared, task_keys(key, num_tasks))
 
 
 def _accuracy(logits: Float[Array, "*steps queries ways"], labels) -> Float[Array, "*steps"]:
     if logits.ndim < 2 or logits.shape[-2] != len(labels):
-        raise ValueError(
+        raise UserError(
             f"the logits have shape {logits.shape} for {len(labels)} queries; "
             f"predict must give (..., {len(labels)}, ways)"
         )

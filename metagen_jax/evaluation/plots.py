@@ -7,12 +7,14 @@ Pictures are made to be read at a width of about 900 pixels.
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from metagen_jax.evaluation.few_shot import Accuracy
+from metagen_jax.errors import UserError, writing
+from metagen_jax.evaluation.estimates import Estimate
 from metagen_jax.types import Episode
 
 # Okabe and Ito's palette, which the colour-blind tell apart; the greys are for what stands aside.
@@ -51,7 +53,7 @@ def plot_learning_curve(
       accuracy_label: of the panel of `accuracy`.
 
     Raises:
-      ValueError: if no record has a loss or an accuracy.
+      UserError: if no record has a loss or an accuracy.
     """
     records = list(records)
     panels = []
@@ -61,18 +63,18 @@ def plot_learning_curve(
         if training.size or validation.size:
             panels.append((name, label, training, validation))
     if not panels:
-        raise ValueError(
+        raise UserError(
             f"none of the {len(records)} records has a loss or an accuracy; give the lines of a "
             "run's metrics.jsonl"
         )
     figure = _new_figure(9.0 if len(panels) > 1 else 6.5, 3.6, title)
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         _draw_learning_curve(axes, *panel)
-    figure.savefig(path, dpi=_DOTS_PER_INCH)
+    _save(figure, path)
 
 
 def plot_adaptation(
-    curves: Mapping[str, Accuracy],
+    curves: Mapping[str, Estimate],
     path: File,
     *,
     title: str = "Accuracy on test episodes",
@@ -88,10 +90,10 @@ def plot_adaptation(
       chance: the accuracy of guessing, drawn as a dotted line.
 
     Raises:
-      ValueError: if there are no curves.
+      UserError: if there are no curves.
     """
     if not curves:
-        raise ValueError("curves is empty; give at least one Accuracy by its name")
+        raise UserError("curves is empty; give at least one Estimate by its name")
     figure = _new_figure(9.0, 4.2, title)
     axes = figure.subplots()
     last = max([np.size(a.mean) - 1 for a in curves.values() if np.ndim(a.mean)] or [1])
@@ -121,7 +123,7 @@ def plot_adaptation(
         "Accuracy (%), mean over tasks with 95 % interval",
     )
     _label_right(axes, labels)
-    figure.savefig(path, dpi=_DOTS_PER_INCH)
+    _save(figure, path)
 
 
 def plot_episode(
@@ -152,12 +154,12 @@ def plot_episode(
       max_shots: support examples of a class to draw; queries take the rest of the 11 columns.
 
     Raises:
-      ValueError: if there is not one prediction for each query.
+      UserError: if there is not one prediction for each query.
     """
     (images, labels), (queries, query_labels) = (map(np.asarray, part) for part in episode)
     predicted = np.asarray(predicted)
     if predicted.shape != query_labels.shape:
-        raise ValueError(
+        raise UserError(
             f"predicted has shape {predicted.shape} for {len(query_labels)} queries; give the "
             f"predicted label of each, shape ({len(query_labels)},)"
         )
@@ -178,7 +180,7 @@ def plot_episode(
     for row, top in zip(rows, grid.tops, strict=False):
         _draw_row(axes, row, top, grid, *pictures)
     _write(axes, _MARGIN, height - 0.2, note, color=_QUIET)
-    figure.savefig(path, dpi=_DOTS_PER_INCH)
+    _save(figure, path)
 
 
 class _Row(NamedTuple):
@@ -349,6 +351,11 @@ def _new_figure(width: float, height: float, title: str | None = None):
         figure.set_layout_engine("constrained", h_pad=0.1)
         figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=_TEXT)
     return figure
+
+
+def _save(figure, path: File) -> None:
+    with writing(Path(path)):
+        figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
 def _finish(axes, x_label: str, y_label: str) -> None:

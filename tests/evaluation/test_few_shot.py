@@ -10,11 +10,9 @@ import pytest
 
 from metagen_jax.data.episodes import group_by_class, sample_episode
 from metagen_jax.evaluation.few_shot import (
-    accuracy_over_tasks,
     both_modes,
     evaluate_few_shot,
     inductive,
-    percent,
     transductive,
 )
 from metagen_jax.meta.maml import maml_predict
@@ -155,26 +153,6 @@ def test_nan_logits_count_as_wrong(data):
 
     accuracy = evaluate_few_shot(predict, (), SAMPLE, data, key=jax.random.key(0), num_tasks=2)
     np.testing.assert_allclose(accuracy.per_task, 8 / 9, rtol=1e-6)
-
-
-def test_interval_worked_by_hand():
-    # Deviations -1/4, 0, 1/4 from 1/2: s^2 = (1/16 + 0 + 1/16) / 2 = 1/16, s = 1/4.
-    accuracy = accuracy_over_tasks(np.array([0.25, 0.5, 0.75]))
-    assert accuracy.mean == 0.5
-    np.testing.assert_allclose(accuracy.interval, 1.96 * 0.25 / np.sqrt(3))
-
-
-def test_interval_covers_the_true_mean_95_times_in_100():
-    draws = np.random.default_rng(0).binomial(25, 0.8, size=(1000, 2000)) / 25
-    accuracy = accuracy_over_tasks(draws)
-    covered = np.mean(np.abs(accuracy.mean - 0.8) < accuracy.interval)
-    assert 0.935 < covered < 0.965
-
-
-def test_percent_is_as_in_a_table():
-    accuracy = accuracy_over_tasks(np.array([[0.25, 0.97], [0.75, 0.99]]))
-    assert percent(accuracy, 1) == "98.00 ± 1.96 %"
-    assert percent(accuracy_over_tasks(np.array([0.97, 0.99]))) == "98.00 ± 1.96 %"
 
 
 def an_image_episode():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metagen_jax.evaluation.few_shot import accuracy_over_tasks
+from metagen_jax.evaluation.estimates import estimate
 from metagen_jax.evaluation.plots import plot_adaptation, plot_episode, plot_learning_curve
 from metagen_jax.types import Episode
 
@@ -180,11 +180,8 @@ def test_a_learning_curve_needs_records():
 
 def test_adaptation_shows_means_intervals_and_levels_with_legible_labels(drawn):
     rng = np.random.default_rng(0)
-    curves = {
-        f"learner {i}": accuracy_over_tasks(0.9 + 0.01 * rng.uniform(size=(50, 4)))
-        for i in range(4)
-    }
-    curves["nearest neighbour"] = accuracy_over_tasks(0.1 * rng.uniform(size=50))
+    curves = {f"learner {i}": estimate(0.9 + 0.01 * rng.uniform(size=(50, 4))) for i in range(4)}
+    curves["nearest neighbour"] = estimate(0.1 * rng.uniform(size=50))
     plot_adaptation(curves, "x.png", chance=0.05)
     (figure,) = drawn
     (axes,) = figure.axes

@@ -1,0 +1,91 @@
+"""The few-shot experiment: what it refuses, and end to end on little."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import few_shot
+from metagen_jax.data.classes import ClassSplit, LabelledImages
+from metagen_jax.errors import UserError
+
+SMOKE = few_shot.PRESETS["smoke"]
+
+
+def colour_splits(_) -> ClassSplit:
+    """Eight classes in each part, told apart by a colour, ten noisy pictures of each."""
+    rng = np.random.default_rng(0)
+
+    def part():
+        labels = np.repeat(np.arange(8, dtype=np.int32), 10)
+        colours = rng.integers(60, 200, (8, 1, 1, 3))
+        noise = rng.integers(-50, 50, (80, 8, 8, 3))
+        return LabelledImages((colours[labels] + noise).astype(np.uint8), labels, tuple("abcdefgh"))
+
+    return ClassSplit(part(), part(), part())
+
+
+def test_ink_of_letters_is_high_and_colours_stay_as_they_are():
+    bytes_ = jnp.array([0, 51, 255], jnp.uint8)
+    letters = few_shot.normalise(jnp.broadcast_to(bytes_[:, None, None, None], (3, 4, 4, 1)))
+    colours = few_shot.normalise(jnp.broadcast_to(bytes_, (2, 4, 4, 3)))
+    np.testing.assert_allclose(letters[:, 0, 0, 0], [1, 0.8, 0], atol=1e-7)
+    np.testing.assert_allclose(colours[0, 0, 0], [0, 0.2, 1], atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_ways": 1}, "num_ways is 1; give 2 or more"),
+        ({"num_shots": 0}, "num_shots is 0; give 1 or more"),
+        ({"inner_steps": 0}, "inner_steps is 0"),
+        ({"test_queries": ()}, "test_queries is ()"),
+        ({"test_queries": (5, 0)}, "test_queries is (5, 0)"),
+        ({"num_test_tasks": 1}, "need 2 or more for an interval"),
+    ],
+)
+def test_settings_that_would_fail_after_training_are_refused_before(settings, says):
+    with pytest.raises(UserError, match=r"give|need") as raised:
+        few_shot.check(dataclasses.replace(SMOKE, **settings))
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("preset", few_shot.PRESETS)
+def test_presets_are_settings_that_make_sense(preset):
+    few_shot.check(few_shot.PRESETS[preset])
+
+
+def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
+    images = colour_splits(None).test
+    config = dataclasses.replace(SMOKE, num_ways=50, rotations=4)
+    with pytest.raises(UserError, match="50 classes and the data has 32; lower num_ways"):
+        few_shot.to_class_data(config, images, 5)
+    with pytest.raises(UserError, match=r"need 16 examples of each class and the smallest .* 10"):
+        few_shot.to_class_data(SMOKE, images, 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", few_shot.LEARNERS)
+def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed(
+    monkeypatch, tmp_path, learner
+):
+    monkeypatch.setattr(few_shot, "load_splits", colour_splits)
+    config = dataclasses.replace(
+        SMOKE, learner=learner, test_queries=(1, 3), num_queries=2, num_filters=4, run_dir=tmp_path
+    )
+    numbers = few_shot.main(config)
+    for name in ("before_adaptation", "test", "fine_tuned", "nearest_neighbour"):
+        for mode in ("", "_inductive"):
+            for suffix in ("", "_3_queries"):
+                assert 0 <= numbers[f"{name}_accuracy{mode}{suffix}"] <= 1
+                assert numbers[f"{name}_interval{mode}{suffix}"] >= 0
+    # Chance is 1 in 5; colours are told apart by their pixels, and by what is adapted to them.
+    assert numbers["nearest_neighbour_accuracy"] > 0.5
+    assert numbers["num_tasks"] == SMOKE.num_test_tasks
+    for picture in ("learning_curve.png", "episode.png", "adaptation.png"):
+        assert (tmp_path / picture).stat().st_size > 1000
+    again = few_shot.main(dataclasses.replace(config, resume=True))
+    assert {name: again[name] for name in again if "accuracy" in name} == {
+        name: numbers[name] for name in numbers if "accuracy" in name
+    }
