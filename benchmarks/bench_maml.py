@@ -105,6 +105,14 @@ def seconds(step: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
+def describe_machine() -> dict[str, dict]:
+    """What a result was measured on."""
+    return {
+        "machine": {"cores": os.cpu_count(), "device": jax.devices()[0].device_kind},
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few filters and tasks, one round")
@@ -145,8 +153,7 @@ def main() -> None:
             "temporaries_mib": temporaries,
             "num_tasks": num_tasks,
             "relative_difference": difference,
-            "machine": {"cores": os.cpu_count(), "device": jax.devices()[0].device_kind},
-            "versions": {"python": platform.python_version(), "jax": jax.__version__},
+            **describe_machine(),
         }
         path = Path(__file__).parent / "results" / "bench_maml.json"
         path.parent.mkdir(exist_ok=True)
