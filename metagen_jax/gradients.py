@@ -21,7 +21,7 @@ def gradients(loss_fn: LossFn) -> GradFn:
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
-    def grad_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Params, Metrics]:
+    def grad_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Params, Metrics]:
         (loss, metrics), grads = value_and_grad(params, batch, key)
         return grads, {"loss": loss, **metrics}
 
@@ -60,7 +60,9 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
     if chunk is not None and chunk < 1:
         raise UserError(f"chunk is {chunk}; give a positive number of tasks, or None for all")
 
-    def mean_grad_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Params, Metrics]:
+    def mean_grad_fn(
+        params: Params, batch: Batch, key: Key[Array, "..."]
+    ) -> tuple[Params, Metrics]:
         num_tasks = count_tasks(batch)
         keys = task_keys(key, num_tasks) if key.ndim == 0 else key
         if keys.shape != (num_tasks,):

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Int32, PyTree
 
 from metagen_jax.errors import TrainingInterrupted, UserError
+from metagen_jax.gradients import count_tasks
 from metagen_jax.runs.checkpoints import load_params as load_params
 from metagen_jax.runs.checkpoints import place_like, to_host
 from metagen_jax.runs.history import BestMetric
@@ -91,6 +92,8 @@ def train_step(
     grad_fn: GradFn,
     optimizer: optax.GradientTransformation,
     sample: Callable[[PRNGKey, PyTree], Batch],
+    *,
+    schedule: Callable[[Int32[Array, ""]], PyTree] | None = None,
 ) -> StepFn:
     """The compiled step: draw a batch, take its direction, update.
 
@@ -102,6 +105,8 @@ def train_step(
       optimizer: any optax transformation.
       sample: `(key, data) -> batch`, compiled into the step. `data` are arrays on the device, an
         argument of the step: closed over they would be constants of the program.
+      schedule: `step -> values` that change in the course of training, such as the annealed weights
+        of a loss. Every task then comes with them, as `(task, values)`.
 
     Returns:
       `step(state, data) -> (state, metrics)`, which donates its `state`; the metrics are those of
@@ -111,6 +116,13 @@ def train_step(
     def step(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
         sample_key, grad_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         batch = sample(sample_key, data)
+        if schedule is not None:
+            values = jax.tree.map(jnp.asarray, schedule(state.step))
+            num_tasks = count_tasks(batch)
+            batch = (
+                batch,
+                jax.tree.map(lambda x: jnp.broadcast_to(x, (num_tasks, *x.shape)), values),
+            )
         direction, metrics = grad_fn(state.params, batch, grad_key)
         updates, opt_state = optimizer.update(direction, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

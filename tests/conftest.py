@@ -5,6 +5,10 @@ from pathlib import Path
 
 import jax
 import pytest
+from jaxtyping import config, install_import_hook
+
+# The types and shapes in signatures are checked wherever a test calls, here and nowhere else.
+install_import_hook("metagen_jax", "type_checker.check_types")
 
 # Eight devices for the tests of parallel.py, before JAX counts them; programs that tests start as
 # processes of their own still have one.
@@ -19,3 +23,11 @@ def data_dir() -> Path:
     if not (folder / "omniglot").is_dir():
         pytest.skip(f"no Omniglot in {folder}: set TFDS_DATA_DIR to a folder of TFDS data sets")
     return folder
+
+
+@pytest.fixture
+def ill_typed():
+    """Lets a test call with what the signatures forbid, as a user may."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

@@ -141,7 +141,10 @@ def test_a_batch_of_examples_is_split_for_a_loss_that_ignores_its_key(method):
 def test_a_grad_fn_may_speak_over_the_axis_it_was_promised(method, num_devices):
     def share(params, tasks, keys):
         total = jax.lax.psum(tasks.sum(), "workers")
-        return params, {"share": tasks.sum() / total, "devices": jax.lax.psum(1.0, "workers")}
+        return params, {
+            "share": tasks.sum() / total,
+            "devices": jax.lax.psum(jnp.ones(()), "workers"),
+        }
 
     g = data_parallel(share, devices=cpus(num_devices), method=method, axis_name="workers")
     _, metrics = g(jnp.zeros(()), jnp.arange(1.0, 9.0), jax.random.key(0))

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 
 class Estimate(NamedTuple):
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
         return Estimate(self.mean[index], self.interval[index], self.per_task[:, index])
 
 
-def estimate(per_task: Float[np.ndarray, "tasks *shape"]) -> Estimate:
+def estimate(per_task: Float[Array | np.ndarray, "tasks *shape"]) -> Estimate:
     """Mean and 95 % interval, `1.96 s / sqrt(tasks)`, s with `tasks - 1` degrees of freedom.
 
     Where the value of a task is not finite, such as an error that diverged, both are infinite.

@@ -40,6 +40,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 
 from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, GradFn, Metrics, Params, PRNGKey, Trainable
@@ -49,6 +50,9 @@ Gradient = Literal["reverse", "first_order"]
 
 BatchAt = Callable[[Batch, jax.Array, PRNGKey], Batch]
 """`batch_at(support, step, key)`: the mini-batch of one inner step."""
+
+Step = int | Int[Array, ""]
+"""A number of inner steps."""
 
 
 class Adapted(NamedTuple):
@@ -76,6 +80,7 @@ def adapt(
     num_steps: int,
     gradient: Gradient = "reverse",
     trainable: Trainable | None = None,
+    per_step: Trainable | None = None,
     batch_at: BatchAt | None = None,
     trajectory: bool = False,
 ) -> Adapted:
@@ -97,6 +102,8 @@ def adapt(
         constants (Finn et al. 2017, section 5.2).
       trainable: which leaves move, by path (`"params/head/kernel"`); None moves all. ANIL moves the
         head (Raghu et al. 2020), BOIL all but the head (Oh et al. 2021).
+      per_step: which leaves have a leading axis of steps, of which step `i` sees entry `i` (see
+        `at_step`): the outer loop alone moves them, as MAML++ does with batch norm's parameters.
       batch_at: `(support, i, key) -> batch`, the mini-batch of step `i`; None takes all of it.
       trajectory: also return the parameters of every step.
 
@@ -111,13 +118,14 @@ def adapt(
         raise UserError(f"num_steps is {num_steps}; give 0 or more inner steps")
     if gradient not in ("reverse", "first_order"):
         raise UserError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
-    moving, fixed = _split(params, trainable)
+    moves = trainable if per_step is None else _moves(trainable, per_step)
+    moving, fixed = _split(params, moves)
 
     def step(carry, i):
         moving, state = carry
         batch_key, grad_key = jax.random.split(jax.random.fold_in(key, i))
         batch = support if batch_at is None else batch_at(support, i, batch_key)
-        direction, metrics = grad_fn(_join(moving, fixed), batch, grad_key)
+        direction, metrics = grad_fn(at_step(_join(moving, fixed), i, per_step), batch, grad_key)
         if gradient == "first_order":
             direction = jax.lax.stop_gradient(direction)
         updates, state = optimizer.update(_like(moving, direction), state, moving)
@@ -132,6 +140,34 @@ def adapt(
         repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps + 1, *x.shape)), fixed)
         states = _join(path, repeated)
     return Adapted(_join(moving_end, fixed), metrics, states)
+
+
+def at_step(params: Params, step: Step, per_step: Trainable | None) -> Params:
+    """The parameters that a loss sees after so many inner steps.
+
+    Args:
+      params: the leaves that `per_step` chooses have a leading axis of steps.
+      step: inner steps taken; beyond the last entry it is the last that counts.
+      per_step: which leaves, by path; None gives `params` back.
+
+    Returns:
+      `params` with entry `step` of the chosen leaves.
+
+    Raises:
+      UserError: if `per_step` chooses no leaf.
+    """
+    if per_step is None:
+        return params
+    stacked, others = _split(params, per_step)
+
+    def pick(x):
+        return jax.lax.dynamic_index_in_dim(x, jnp.minimum(step, len(x) - 1), keepdims=False)
+
+    return _join(jax.tree.map(pick, stacked), others)
+
+
+def _moves(trainable: Trainable | None, per_step: Trainable) -> Trainable:
+    return lambda path: not per_step(path) and (trainable is None or trainable(path))
 
 
 def _split(params: Params, trainable: Trainable | None) -> tuple[Params, Params]:

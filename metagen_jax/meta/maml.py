@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients
-from metagen_jax.meta.adapt import BatchAt, Gradient, adapt
+from metagen_jax.meta.adapt import BatchAt, Gradient, Step, adapt, at_step
 from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey, Trainable
 
 
@@ -23,7 +24,8 @@ def maml_loss(
     num_steps: int,
     gradient: Gradient = "reverse",
     trainable: Trainable | None = None,
-    query_loss_weights: Float[Array, " steps"] | None = None,
+    per_step: Trainable | None = None,
+    query_loss_weights: Float[Array | np.ndarray, " steps"] | None = None,
     batch_at: BatchAt | None = None,
 ) -> LossFn:
     """The query loss after adaptation to the support set, as a loss over one `Episode`.
@@ -39,6 +41,7 @@ def maml_loss(
       num_steps: inner steps K; 0 gives the plain loss on the query.
       gradient: "reverse" for the exact meta-gradient, "first_order" for FOMAML.
       trainable: which leaves the inner loop moves, by path; None moves all.
+      per_step: which leaves have an entry for each number of inner steps taken; see `adapt`.
       query_loss_weights: `(num_steps,)`, the weight of the query loss after each step.
       batch_at: mini-batches for the inner steps; see `adapt`.
 
@@ -59,6 +62,10 @@ def maml_loss(
 
     def episode_loss(params: Params, episode: Episode, key: PRNGKey) -> tuple[Array, Metrics]:
         adapt_key, query_key = jax.random.split(key)
+
+        def query_loss(adapted: Params, step: Step) -> tuple[Array, Metrics]:
+            return loss_fn(at_step(adapted, step, per_step), episode.query, query_key)
+
         adapted = adapt(
             grad_fn,
             params,
@@ -68,15 +75,15 @@ def maml_loss(
             num_steps=num_steps,
             gradient=gradient,
             trainable=trainable,
+            per_step=per_step,
             batch_at=batch_at,
             trajectory=weights is not None,
         )
         if weights is None:
-            return loss_fn(adapted.params, episode.query, query_key)
+            return query_loss(adapted.params, num_steps)
         after_each_step = jax.tree.map(lambda x: x[1:], adapted.trajectory)
-        losses, metrics = jax.vmap(loss_fn, in_axes=(0, None, None))(
-            after_each_step, episode.query, query_key
-        )
+        steps = jnp.arange(1, num_steps + 1)
+        losses, metrics = jax.lax.map(lambda at: query_loss(*at), (after_each_step, steps))
         return weights @ losses, jax.tree.map(lambda x: x[-1], metrics)
 
     return episode_loss
@@ -89,6 +96,7 @@ def maml_predict(
     inner_optimizer: optax.GradientTransformation,
     num_steps: int,
     trainable: Trainable | None = None,
+    per_step: Trainable | None = None,
     batch_at: BatchAt | None = None,
     every_step: bool = False,
 ) -> PredictFn:
@@ -101,6 +109,7 @@ def maml_predict(
       inner_optimizer: as in `maml_loss`.
       num_steps: inner steps; may differ from training.
       trainable: which leaves the inner loop moves, by path; None moves all.
+      per_step: which leaves have an entry for each number of inner steps taken; see `adapt`.
       batch_at: mini-batches for the inner steps; see `adapt`.
       every_step: predict with the parameters before the first and after each step; predictions
         then have a leading axis of `num_steps + 1`.
@@ -119,11 +128,17 @@ def maml_predict(
             optimizer=inner_optimizer,
             num_steps=num_steps,
             trainable=trainable,
+            per_step=per_step,
             batch_at=batch_at,
             trajectory=every_step,
         )
+
+        def predict_at(adapted: Params, step: Step) -> PyTree:
+            return predict_fn(at_step(adapted, step, per_step), support, inputs)
+
         if every_step:
-            return jax.lax.map(lambda p: predict_fn(p, support, inputs), adapted.trajectory)
-        return predict_fn(adapted.params, support, inputs)
+            steps = jnp.arange(num_steps + 1)
+            return jax.lax.map(lambda at: predict_at(*at), (adapted.trajectory, steps))
+        return predict_at(adapted.params, num_steps)
 
     return predict

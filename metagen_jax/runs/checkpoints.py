@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,7 @@ _SECONDS_TO_SETTLE = 0.5
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
+@runtime_checkable
 class RunState(Protocol):
     """What a run needs of its state: `metagen_jax.training.TrainState` or the like, a pytree."""
 

@@ -87,6 +87,7 @@ def test_impossible_episodes_are_refused(changes, message):
         check_episodes(numbered(), **{**SHAPE, **changes})
 
 
+@pytest.mark.usefixtures("ill_typed")
 def test_labels_must_match_examples():
     with pytest.raises(ValueError, match="2 labels for examples of lengths"):
         group_by_class(np.zeros((3, 1)), np.zeros(2))

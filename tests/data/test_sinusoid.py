@@ -17,7 +17,9 @@ def draw(num_tasks, **kwargs):
 def test_sinusoid_by_hand():
     x = jnp.array([0.0, jnp.pi / 2, 2.0])
     np.testing.assert_allclose(
-        sinusoid(x, 3.0, jnp.pi / 2), [-3, 0, 3 * np.sin(2 - np.pi / 2)], atol=1e-6
+        sinusoid(x, jnp.float32(3), jnp.float32(jnp.pi / 2)),
+        [-3, 0, 3 * np.sin(2 - np.pi / 2)],
+        atol=1e-6,
     )
 
 

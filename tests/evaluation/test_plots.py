@@ -138,6 +138,7 @@ def test_normalised_colours_are_brought_into_range(drawn):
     np.testing.assert_allclose(pixels.max(), 1, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("ill_typed")
 def test_predictions_must_match_the_queries():
     episode = an_episode(5, 1, 5)
     with pytest.raises(ValueError, match=r"shape \(25, 5\) for 25 queries"):

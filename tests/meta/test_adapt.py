@@ -14,7 +14,7 @@ import references
 
 import metagen_jax.meta.adapt
 from metagen_jax.gradients import gradients
-from metagen_jax.meta.adapt import adapt
+from metagen_jax.meta.adapt import adapt, at_step
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.types import Episode
 
@@ -108,6 +108,63 @@ def test_each_task_has_an_optimizer_state_of_its_own():
     together = jax.jit(jax.vmap(adapted, in_axes=(None, 0)))(params, supports)
     assert_close(together, stack(one_by_one))
     assert_close(adapted(params, support), one_by_one[0])
+
+
+def with_rows(params, entries):
+    """`params` with a bias for each of so many steps."""
+    rows = np.random.default_rng(1).normal(size=(entries, 4))
+    return params | {"body": params["body"] | {"bias": jnp.asarray(rows)}}
+
+
+@pytest.mark.parametrize("entries", [4, 2])
+def test_per_step_leaves_are_read_by_the_step_and_moved_by_the_outer_loop_alone(entries):
+    start, support = example()
+    params = with_rows(start, entries)
+
+    def at(params, step):
+        body = params["body"]
+        return params | {"body": body | {"bias": body["bias"][min(step, entries - 1)]}}
+
+    def loop(params):
+        path = [params]
+        for step in range(3):
+            grads = jax.grad(plain_loss)(at(path[-1], step), support)
+            grads["body"]["bias"] = jnp.zeros_like(params["body"]["bias"])
+            path.append(jax.tree.map(lambda p, g: p - RATE * g, path[-1], grads))
+        return path
+
+    def is_bias(path):
+        return path == "body/bias"
+
+    adapted = adapt(
+        gradients(loss_fn),
+        params,
+        support,
+        KEY,
+        optimizer=optax.sgd(RATE),
+        num_steps=3,
+        per_step=is_bias,
+        trajectory=True,
+    )
+    assert_close(adapted.trajectory, stack(loop(params)))
+    for step in (0, 1, 3):
+        assert_close(at_step(params, step, is_bias), at(params, step))
+
+    def sum_of_query_losses(params):
+        return sum(plain_loss(at(p, i), support) for i, p in enumerate(loop(params)[1:], 1))
+
+    meta_loss = maml_loss(
+        loss_fn,
+        inner_optimizer=optax.sgd(RATE),
+        num_steps=3,
+        per_step=is_bias,
+        query_loss_weights=jnp.ones(3),
+    )
+    grads, _ = jax.grad(meta_loss, has_aux=True)(params, Episode(support, support), KEY)
+    assert_close(grads, jax.grad(sum_of_query_losses)(params))
+    last = maml_loss(loss_fn, inner_optimizer=optax.sgd(RATE), num_steps=3, per_step=is_bias)
+    expected = plain_loss(at(loop(params)[-1], 3), support)
+    assert_close(last(params, Episode(support, support), KEY)[0], expected)
 
 
 def test_no_steps_give_the_parameters_back():
@@ -255,6 +312,7 @@ def test_differentiates_through_the_learning_rate_and_the_support_set():
         ),
     ],
 )
+@pytest.mark.usefixtures("ill_typed")
 def test_refuses_in_one_line(options, message):
     params, support = example()
     options = {"optimizer": optax.sgd(RATE), "num_steps": 1} | options

@@ -252,6 +252,7 @@ def test_metrics_are_those_of_the_query_after_the_last_step():
 
 
 @pytest.mark.parametrize("shape", [(2,), (4,), (3, 1), ()])
+@pytest.mark.usefixtures("ill_typed")
 def test_refuses_query_loss_weights_that_are_not_one_a_step(shape):
     with pytest.raises(ValueError, match="one weight for each of the 3 inner steps"):
         maml_loss(

@@ -20,7 +20,7 @@ KEY = jax.random.key(0)
 
 
 def random(*shape, seed=0, dtype=np.float32):
-    return np.random.default_rng(seed).normal(size=shape).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
 def parameter_shapes(net, image_shape):
@@ -134,7 +134,7 @@ def test_images_after_the_reference_are_answered_one_by_one():
     variables = jax.jit(net.init)(KEY, support)
 
     def answer(queries, num_reference):
-        both = np.concatenate([support, queries])
+        both = jnp.concatenate([support, queries])
         return net.apply(variables, both, num_reference=num_reference)[5:]
 
     alone = np.concatenate([answer(query[None], 5) for query in queries])
@@ -182,6 +182,7 @@ def test_second_order_step_with_max_pooling_is_exact_under_jit(monkeypatch):
         ({"norm": "group", "num_filters": 12}, 16, "12 filters .* 8 groups"),
     ],
 )
+@pytest.mark.usefixtures("ill_typed")
 def test_refuses_in_one_line(options, size, message):
     with pytest.raises(ValueError, match=message) as error:
         jax.eval_shape(Conv4(5, **options).init, KEY, jnp.zeros((1, size, 16, 1)))

@@ -24,7 +24,7 @@ def assert_close(actual, expected, rtol=1e-11, atol=1e-11):
 
 
 def random(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
 
 
 def to_second_order(module):

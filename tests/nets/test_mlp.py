@@ -22,7 +22,7 @@ def test_equals_numpy_with_an_activation_after_each_layer_but_the_last(
     hidden_sizes, activation, in_numpy
 ):
     net = MLP(hidden_sizes, 2, activation=activation)
-    x = np.random.default_rng(0).normal(size=(11, 3)).astype(np.float32)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(11, 3)), jnp.float32)
     variables = net.init(jax.random.key(0), x)
     # Biases that are not zero, so that leaving one out shows.
     variables = jax.tree.map(lambda p: p + 0.1, variables)

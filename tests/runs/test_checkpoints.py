@@ -29,6 +29,7 @@ RECORD = {"best_step": None, "seconds": 0.1, "sums": {"loss": 1e-300}}
 
 
 class State(NamedTuple):
+    step: int
     params: dict
     other: object
 
@@ -42,7 +43,9 @@ def make_state(seed=0):
         "list": [jnp.arange(3), {"flag": jnp.array(True)}],
         "none": None,
     }
-    return State(params, (optax.adam(1e-3).init({"x": jnp.ones(2)}), keys[2], jnp.array(1 / 3)))
+    return State(
+        seed, params, (optax.adam(1e-3).init({"x": jnp.ones(2)}), keys[2], jnp.array(1 / 3))
+    )
 
 
 def assert_same(one, other):
