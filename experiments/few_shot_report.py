@@ -32,14 +32,14 @@ class Subject(NamedTuple):
       name: of the learner.
       predict: `{mode: logits after each step}`.
       params: what it starts from.
-      pretrained: parameters of a conventional classifier, for the baseline.
+      pretrained: parameters of a conventional classifier, for the baseline; None leaves it out.
       apply: of the net with one output for each class of an episode.
     """
 
     name: str
     predict: PredictFn
     params: Params
-    pretrained: Params
+    pretrained: Params | None
     apply: Callable
 
 
@@ -100,7 +100,6 @@ def report(
         ]
         choose = functools.partial(
             baselines.choose_fine_tuning,
-            params=subject.pretrained,
             sample=sample,
             data=val_data,
             key=jax.random.key(VALIDATION_SEED),
@@ -108,22 +107,19 @@ def report(
             num_tasks=min(100, num_tasks),
             **schedule,
         )
-        rows += _baselines(subject, evaluate, choose, test_data, num_ways)
+        others = {"nearest_neighbour": _nearest_neighbour(evaluate, test_data, num_ways)}
+        if subject.pretrained is not None:
+            others["fine_tuned"] = _fine_tuned(subject, evaluate, choose, test_data, num_ways)
         title = f"{num_tasks} episodes of unseen classes, {num_queries} queries a class"
-        _print_table(title, rows, best)
-        found = {
-            "test": rows[best],
-            "before_adaptation": rows[0],
-            "fine_tuned": rows[-2],
-            "nearest_neighbour": rows[-1],
-        }
+        shown = [row for step, row in enumerate(rows) if _is_shown(step, best, len(rows))]
+        _print_table(title, [*shown, *others.values()], bold=rows[best])
         numbers[f"adaptation_steps{suffix}"] = best
+        found = {"test": rows[best], "before_adaptation": rows[0], **others}
         for name, row in found.items():
             numbers |= _numbers(name, row, suffix)
         if not suffix:
             curves = {f"{subject.name}, {mode}": learner[mode] for mode in MODES}
-            curves |= {rows[-2].method: rows[-2].accuracies["transductive"]}
-            curves |= {rows[-1].method: rows[-1].accuracies["transductive"]}
+            curves |= {row.method: row.accuracies["transductive"] for row in others.values()}
             _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
             plots.plot_adaptation(curves, run_dir / "adaptation.png", chance=1 / num_ways)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -132,10 +128,10 @@ def report(
     return numbers
 
 
-def _baselines(
+def _fine_tuned(
     subject: Subject, evaluate: Callable, choose: Callable, test_data: ClassData, num_ways: int
-) -> list[Row]:
-    """Fine-tuning as it does best on validation classes, and nearest neighbours in pixels."""
+) -> Row:
+    """The pretrained classifier, fine-tuned as it does best on validation classes."""
     fine_tune = baselines.fine_tune_predict(
         cross_entropy_loss(subject.apply),
         both_modes(subject.apply),
@@ -143,15 +139,21 @@ def _baselines(
         num_steps=FINE_TUNING_STEPS,
         every_step=True,
     )
-    chosen = choose(fine_tune)["transductive"]
+    chosen = choose(fine_tune, subject.pretrained)["transductive"]
     params = MetaParams(subject.pretrained, jnp.float32(chosen.rate))
     tuned = _at_step(evaluate(fine_tune, params, test_data, TEST_SEED), chosen.num_steps)
-    nearest_predict = baselines.nearest_neighbour_predict(num_ways)
-    nearest = evaluate(nearest_predict, subject.params, test_data, TEST_SEED)
-    return [
-        Row("pretrained, fine-tuned", f"{chosen.num_steps} of {chosen.rate:g}", tuned),
-        Row("nearest neighbour in pixels", "none", dict.fromkeys(MODES, nearest)),
-    ]
+    return Row("pretrained, fine-tuned", f"{chosen.num_steps} of {chosen.rate:g}", tuned)
+
+
+def _nearest_neighbour(evaluate: Callable, test_data: ClassData, num_ways: int) -> Row:
+    """Nearest neighbours in pixels."""
+    nearest = evaluate(baselines.nearest_neighbour_predict(num_ways), (), test_data, TEST_SEED)
+    return Row("nearest neighbour in pixels", "none", dict.fromkeys(MODES, nearest))
+
+
+def _is_shown(step: int, best: int, num_rows: int) -> bool:
+    """Whether the table has a line for a number of steps: all of few, the round ones of many."""
+    return num_rows <= 8 or step in (0, 1, 2, 5, 10, 20, 50, best, num_rows - 1)
 
 
 def _at_step(accuracies: Mapping[str, Estimate], step: int) -> dict[str, Estimate]:
@@ -168,7 +170,7 @@ def _numbers(name: str, row: Row, suffix: str) -> dict[str, float]:
     return numbers
 
 
-def _print_table(title: str, rows: list[Row], best: int) -> None:
+def _print_table(title: str, rows: list[Row], *, bold: Row) -> None:
     table = rich.table.Table(
         title=f"Accuracy on {title}",
         caption="mean ± 95 % interval; transductive: queries normalised together; inductive: each "
@@ -178,9 +180,9 @@ def _print_table(title: str, rows: list[Row], best: int) -> None:
     table.add_column("steps on the support set")
     for mode in MODES:
         table.add_column(mode, justify="right")
-    for i, row in enumerate(rows):
+    for row in rows:
         cells = [percent(row.accuracies[mode]) for mode in MODES]
-        table.add_row(row.method, row.steps, *cells, style="bold" if i == best else None)
+        table.add_row(row.method, row.steps, *cells, style="bold" if row is bold else None)
     rich.console.Console(width=100).print(table)
 
 

@@ -66,17 +66,20 @@ def run(
     presets: Mapping[str, C],
     *,
     default: str,
+    vary: Callable[[C, C], C] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Runs an experiment as a program, from its command line to its `result.json`.
 
-    The folder of the run is `runs/NAME-PRESET` unless `--run-dir` says otherwise.
+    The folder of the run is `runs/NAME-PRESET` unless `--run-dir` or `vary` says otherwise.
 
     Args:
       name: of the experiment: `python -m experiments.NAME`.
       main: the experiment; gives the numbers of its table by name.
       presets: settings by name.
       default: the preset that is taken without `--preset`.
+      vary: `(preset's settings, settings of the command line) -> settings to start from`, where one
+        flag brings others with it; the command line then wins over these.
       argv: the command line without the program; None takes that of this process.
 
     Raises:
@@ -85,7 +88,7 @@ def run(
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         summary = (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
-        config = parse(name, presets, default=default, argv=argv, about=summary)
+        config = parse(name, presets, default=default, vary=vary, argv=argv, about=summary)
         prepare_run_dir(config)
         start_devices(config.num_devices)
         about = describe_run(name, config, argv)
@@ -103,11 +106,17 @@ def run(
 
 
 def parse(
-    name: str, presets: Mapping[str, C], *, default: str, argv: Sequence[str], about: str = ""
+    name: str,
+    presets: Mapping[str, C],
+    *,
+    default: str,
+    argv: Sequence[str],
+    vary: Callable[[C, C], C] | None = None,
+    about: str = "",
 ) -> C:
     """The settings of a command line: a preset's, and over them those given as flags.
 
-    `about` stands at the top of what `--help` prints.
+    `vary` is that of `run`; `about` stands at the top of what `--help` prints.
 
     Raises:
       UserError: for an unknown preset, flag or value, in one line.
@@ -125,6 +134,8 @@ def parse(
     for _ in range(2):  # The first pass finds the preset, the second takes its settings.
         run_dir = Path("runs") / f"{name}-{preset}"
         chosen = dataclasses.replace(presets[preset], run_dir=run_dir)
+        if vary is not None:
+            chosen = vary(chosen, config)
         with _one_line_errors():
             line = tyro.cli(
                 command_line,

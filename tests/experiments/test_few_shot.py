@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import few_shot
+from experiments import few_shot, program
 from metagen_jax.data.classes import ClassSplit, LabelledImages
 from metagen_jax.errors import UserError
 
@@ -60,9 +60,9 @@ def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
     images = colour_splits(None).test
     config = dataclasses.replace(SMOKE, num_ways=50, rotations=4)
     with pytest.raises(UserError, match="50 classes and the data has 32; lower num_ways"):
-        few_shot.to_class_data(config, images, 5)
+        few_shot.to_class_data(config, images)
     with pytest.raises(UserError, match=r"need 16 examples of each class and the smallest .* 10"):
-        few_shot.to_class_data(SMOKE, images, 15)
+        few_shot.to_class_data(SMOKE, images)
 
 
 @pytest.mark.slow
@@ -89,3 +89,23 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
     assert {name: again[name] for name in again if "accuracy" in name} == {
         name: numbers[name] for name in numbers if "accuracy" in name
     }
+
+
+def test_a_learner_brings_its_settings_and_a_folder_of_its_own_and_flags_win_over_them():
+    def parse(*argv):
+        return program.parse(
+            "few_shot", few_shot.PRESETS, default="glyphs", vary=few_shot.with_learner, argv=argv
+        )
+
+    reptile = parse("--preset", "omniglot-5w1s", "--learner", "reptile", "--inner-steps", "7")
+    assert (reptile.inner_rate, reptile.inner_steps, reptile.outer_optimizer) == (1e-3, 7, "sgd")
+    assert reptile.steps == few_shot.PRESETS["omniglot-5w1s"].steps
+    assert str(reptile.run_dir) == "runs/few_shot-omniglot-5w1s-reptile"
+    assert not reptile.baselines
+    assert parse("--preset", "smoke", "--learner", "maml").baselines
+
+
+def test_other_ways_in_training_are_refused_where_a_head_has_a_fixed_number():
+    with pytest.raises(UserError, match="train_ways is 20; maml has a head for 5 classes"):
+        few_shot.check(dataclasses.replace(SMOKE, train_ways=20))
+    few_shot.check(dataclasses.replace(SMOKE, train_ways=20, learner="prototypical"))

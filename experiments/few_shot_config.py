@@ -1,0 +1,219 @@
+"""Settings of `experiments.few_shot`: fields, presets, and what each learner changes."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import program
+from metagen_jax.nets.conv4 import Norm
+
+LearnerName = Literal[
+    "maml",
+    "fomaml",
+    "anil",
+    "boil",
+    "reptile",
+    "imaml",
+    "meta_sgd",
+    "maml_plus_plus",
+    "meta_curvature",
+    "cavia",
+    "prototypical",
+    "matching",
+    "matching_fce",
+    "proto_maml",
+]
+
+
+METRIC_LEARNERS = ("prototypical", "matching", "matching_fce", "proto_maml")
+"""Those whose nets have no head, so that episodes may have other ways in training than at test."""
+
+
+@dataclass(frozen=True)
+class Config:
+    dataset: str = "glyphs"
+    """"glyphs" (embedded), "omniglot", or any TFDS image set with labels."""
+    split: str = "vinyals"
+    """Class lists of Omniglot: "vinyals", "lake" or "random1200"."""
+    data_dir: Path | None = None
+    """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
+    image_size: int = 28
+    """Height and width of the images, in pixels."""
+    rotations: Literal[1, 4] = 4
+    """4: characters turned by 90, 180 and 270 degrees are classes of their own; 1: as they are."""
+
+    learner: LearnerName = "maml"
+    """What meta-trains; it brings settings of its own, over which the flags win."""
+    num_ways: int = 5
+    """Classes in an episode."""
+    train_ways: int | None = None
+    """Classes in an episode of training; without it those of the test. For metric learners."""
+    num_shots: int = 1
+    """Support examples of each class."""
+    train_shots: int | None = None
+    """Support examples of each class in training; without it those of the test."""
+    num_queries: int = 5
+    """Query examples of each class in training."""
+    inner_rate: float = 0.4
+    """Learning rate of the inner loop, or where the learned ones start."""
+    inner_steps: int = 1
+    """Inner steps in training."""
+    inner_batch: int | None = None
+    """Examples in a mini-batch of an inner step, for Reptile; without it all of the support set."""
+    strength: float = 2.0
+    """Of iMAML's proximal term, lambda."""
+    cg_steps: int = 5
+    """Steps of iMAML's conjugate gradients."""
+    num_context: int = 64
+    """Context parameters of CAVIA."""
+    num_filters: int = 64
+    """Channels of each block of the net."""
+    strided: bool = True
+    """Strided convolutions, as in MAML's Omniglot net; otherwise max-pooling."""
+    norm: Norm = "batch"
+    """Normalisation: by the current batch, in groups, by layer, or none."""
+
+    steps: int = 400
+    """Outer steps."""
+    num_tasks: int = 32
+    """Tasks in an outer step."""
+    outer_rate: float = 3e-3
+    """Learning rate of the outer optimiser."""
+    outer_optimizer: Literal["adam", "sgd"] = "adam"
+    """The outer optimiser; SGD for Reptile."""
+    cosine: bool = True
+    """Warm the outer rate up and let it decay along a cosine; otherwise keep it."""
+    chunk: int = 1
+    """Tasks that a device works on at once; 1 is fastest on a CPU."""
+    validate_every: int = 200
+    """Outer steps between validations."""
+    num_validation_tasks: int = 300
+    """Episodes of a validation."""
+    pretraining_steps: int = 1000
+    """Steps of the pretrained baseline, 128 images each."""
+    baselines: bool = True
+    """Pretrain and fine-tune too; that is the same for every learner."""
+
+    test_steps: int = 3
+    """Inner steps at validation and test; the figure is after the number that validates best."""
+    test_queries: tuple[int, ...] = (15,)
+    """Query examples of each class at test; validation takes the first number."""
+    num_test_tasks: int = 1000
+    """Episodes of the test."""
+
+    seed: int = 0
+    """Fixes initialisation, episodes and noise; test episodes are the same for every seed."""
+    num_devices: int | None = None
+    """Devices to use; without it all, and on a CPU one for each core."""
+    run_dir: Path = Path("runs/few_shot")
+    """Where everything of the run is written."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run's folder."""
+
+
+# Published: 60,000 steps; 5-way 1 inner step at 0.4, 20-way 5 at 0.1; Adam at 1e-3; as many queries
+# as shots, at test as well. For 2 cores fewer steps at a higher, decaying rate, and one inner step.
+_OMNIGLOT = Config(
+    dataset="omniglot",
+    num_queries=1,
+    test_queries=(1, 15),
+    validate_every=500,
+    pretraining_steps=3000,
+)
+
+_PUBLISHED: dict[str, Any] = {"steps": 60_000, "outer_rate": 1e-3, "cosine": False}
+
+PRESETS = {
+    "glyphs": Config(),
+    "smoke": Config(
+        steps=6,
+        num_tasks=4,
+        num_filters=8,
+        validate_every=3,
+        num_validation_tasks=8,
+        num_test_tasks=16,
+        pretraining_steps=6,
+    ),
+    "omniglot-5w1s": replace(_OMNIGLOT, num_ways=5, steps=14000),
+    "omniglot-5w5s": replace(
+        _OMNIGLOT, num_ways=5, num_shots=5, num_queries=5, test_queries=(5, 15), steps=5000
+    ),
+    "omniglot-20w1s": replace(_OMNIGLOT, num_ways=20, num_tasks=16, steps=15000),
+    "omniglot-20w5s": replace(
+        _OMNIGLOT,
+        num_ways=20,
+        num_shots=5,
+        num_queries=5,
+        test_queries=(5, 15),
+        num_tasks=8,
+        steps=2000,
+    ),
+    "omniglot-5w1s-published": replace(_OMNIGLOT, num_ways=5, **_PUBLISHED),
+    "omniglot-20w1s-published": replace(
+        _OMNIGLOT,
+        num_ways=20,
+        num_tasks=16,
+        inner_rate=0.1,
+        inner_steps=5,
+        test_steps=5,
+        **_PUBLISHED,
+    ),
+}
+
+# Over a preset's settings: what the learner is, whatever the data.
+_BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
+    "reptile": {
+        "inner_rate": 1e-3,
+        "inner_steps": 5,
+        "inner_batch": 10,
+        "train_shots": 10,
+        "outer_optimizer": "sgd",
+        "outer_rate": 1.0,
+        "num_tasks": 4,
+        "test_steps": 50,
+    },
+    "imaml": {"inner_rate": 0.1, "inner_steps": 16, "test_steps": 16},
+    "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
+    "cavia": {"inner_rate": 1.0, "inner_steps": 2},
+    "prototypical": {"train_ways": 60, "num_queries": 5, "num_tasks": 1, "strided": False},
+    "matching": {"num_tasks": 8, "num_queries": 5, "strided": False},
+    "matching_fce": {"num_tasks": 8, "num_queries": 5, "strided": False},
+    "proto_maml": {"inner_rate": 0.1},
+}
+
+
+def with_learner(preset: Config, given: Config) -> Config:
+    """A preset with the settings that the learner of the command line brings."""
+    if given.learner == preset.learner:
+        return preset
+    settings = {"baselines": False} | _BY_LEARNER.get(given.learner, {})
+    run_dir = preset.run_dir.with_name(f"{preset.run_dir.name}-{given.learner}")
+    return replace(preset, learner=given.learner, run_dir=run_dir, **settings)
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for settings that would fail only after training, or without sense."""
+    counts = ("num_shots", "num_queries", "num_tasks", "num_validation_tasks", "num_filters")
+    steps = ("steps", "inner_steps", "pretraining_steps", "test_steps")
+    program.require(
+        *(
+            (getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; give 1 or more")
+            for name in (*counts, *steps)
+        ),
+        (config.num_ways >= 2, f"num_ways is {config.num_ways}; give 2 or more"),
+        (config.steps >= 2, f"steps is {config.steps}; give 2 or more"),
+        (
+            min(config.test_queries, default=0) >= 1,
+            f"test_queries is {config.test_queries}; give one or more numbers of 1 or more",
+        ),
+        (
+            config.num_ways == (config.train_ways or config.num_ways)
+            or config.learner in METRIC_LEARNERS,
+            f"train_ways is {config.train_ways}; {config.learner} has a head for {config.num_ways} "
+            f"classes, only {', '.join(METRIC_LEARNERS)} train with other ways",
+        ),
+        (
+            min(config.num_test_tasks, config.num_validation_tasks) >= 2,
+            "num_test_tasks and num_validation_tasks need 2 or more for an interval",
+        ),
+    )

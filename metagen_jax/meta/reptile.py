@@ -1,0 +1,110 @@
+"""Reptile: move the initialisation towards what each task makes of it.
+
+Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from metagen_jax.errors import UserError
+from metagen_jax.gradients import gradients
+from metagen_jax.meta.adapt import BatchAt, adapt
+from metagen_jax.types import (
+    Batch,
+    Episode,
+    GradFn,
+    LossFn,
+    Metrics,
+    Params,
+    PRNGKey,
+    Trainable,
+)
+
+
+def reptile_gradients(
+    loss_fn: LossFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_at: BatchAt | None = None,
+    trainable: Trainable | None = None,
+) -> GradFn:
+    """Reptile's direction over one `Episode`: from where its support set leads, back to the start.
+
+    `g = theta - theta_K`, theta_K the parameters after K steps on the support set. Nothing is
+    differentiated through the steps. An outer SGD of rate epsilon, one task a batch, is the serial
+    algorithm 1; on the `mean_over_tasks` it is the batched algorithm 2.
+
+    As published, the inner optimiser is `optax.adam(1e-3, b1=0.0)` on `mini_batches(10)`, a class
+    has more shots than at test (10 on Omniglot), and the outer rate falls linearly to zero. There
+    Adam's second moments are carried from task to task; here its state is new for each. Test by
+    `maml_predict` with the same optimiser; whether the queries of a task see one another
+    (transduction) is a choice of its `predict_fn`, by `transductive` or `inductive` of
+    `metagen_jax.evaluation.few_shot`.
+
+    Args:
+      loss_fn: the loss of support and of query, each any pytree.
+      inner_optimizer: any optax transformation, its state new for each task.
+      num_steps: inner steps K. One step of SGD gives the rate times the support gradient.
+      batch_at: mini-batches for the inner steps, such as `mini_batches(size)`; see `adapt`.
+      trainable: which leaves the inner loop moves, by path; None moves all. The others have a
+        direction of zero.
+
+    Returns:
+      A `GradFn` over `Episode(support, query)` whose metrics are those of `loss_fn` on the query
+      after the last step, and that `loss`. The query has no part in the direction.
+    """
+    grad_fn = gradients(loss_fn)
+
+    def direction(params: Params, episode: Episode, key: PRNGKey) -> tuple[Params, Metrics]:
+        adapt_key, query_key = jax.random.split(key)
+        adapted = adapt(
+            grad_fn,
+            params,
+            episode.support,
+            adapt_key,
+            optimizer=inner_optimizer,
+            num_steps=num_steps,
+            gradient="first_order",
+            trainable=trainable,
+            batch_at=batch_at,
+        ).params
+        loss, metrics = loss_fn(adapted, episode.query, query_key)
+        return optax.tree.sub(params, adapted), {"loss": loss, **metrics}
+
+    return direction
+
+
+def mini_batches(size: int) -> BatchAt:
+    """Mini-batches for the inner steps: `size` examples of the support set, none of them twice.
+
+    Each step draws anew, from its own key. The published program draws without replacement also
+    from step to step, until all examples have been seen.
+
+    Args:
+      size: examples a batch.
+
+    Returns:
+      `batch_at(support, step, key)` for a support set whose leaves have one leading axis of
+      examples.
+
+    Raises:
+      UserError: if `size` is not positive; from `batch_at`, if the support set has fewer examples
+        or its leaves differ in their number.
+    """
+    if size < 1:
+        raise UserError(f"size is {size}; give 1 or more examples a mini-batch")
+
+    def batch_at(support: Batch, step: jax.Array, key: PRNGKey) -> Batch:
+        del step
+        lengths = sorted({len(x) for x in jax.tree.leaves(support)})
+        if len(lengths) != 1 or lengths[0] < size:
+            raise UserError(
+                f"the leaves of the support set hold {lengths} examples; a mini-batch of {size} "
+                f"needs {size} or more, the same number in every leaf"
+            )
+        chosen = jax.random.permutation(key, lengths[0])[:size]
+        return jax.tree.map(lambda x: jnp.take(x, chosen, axis=0), support)
+
+    return batch_at

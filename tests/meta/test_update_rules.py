@@ -1,0 +1,189 @@
+"""Learned update rules against plain loops and finite differences, in float64."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+
+from metagen_jax.errors import UserError
+from metagen_jax.meta import update_rules
+from metagen_jax.meta.maml import maml_loss, maml_predict
+from metagen_jax.types import Episode, MetaParams
+
+KEY, RATE, STEPS = jax.random.key(0), 0.1, 2
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def example():
+    params = {
+        "body": {"kernel": random(2, 3), "bias": random(3, seed=1)},
+        "head": {"kernel": random(3, 1, seed=2)},
+    }
+    support = (random(4, 2, seed=3), random(4, 1, seed=4))
+    return params, Episode(support, (random(5, 2, seed=5), random(5, 1, seed=6)))
+
+
+def net(params, x):
+    hidden = jnp.tanh(x @ params["body"]["kernel"] + params["body"]["bias"])
+    return hidden @ params["head"]["kernel"]
+
+
+def plain_loss(params, batch):
+    return jnp.mean((net(params, batch[0]) - batch[1]) ** 2)
+
+
+def loss_fn(params, batch, key):
+    del key
+    return plain_loss(params, batch), {}
+
+
+def noisy(tree, scale):
+    """A rule's parameters away from their symmetric start."""
+    leaves, treedef = jax.tree.flatten(tree)
+    noise = [scale * random(*x.shape, seed=10 + i) for i, x in enumerate(leaves)]
+    return treedef.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def curved(factors, gradient):
+    """`gradient` times each matrix along its mode, by index, as a curvature rule should."""
+    if gradient.ndim == 1:
+        return jnp.einsum("ai,i->a", factors[0], gradient)
+    return jnp.einsum("ai,bj,ij->ab", factors[0], factors[1], gradient)
+
+
+RULES = {
+    "meta_sgd": (
+        lambda params: update_rules.init_meta_sgd(params, rate=RATE),
+        update_rules.meta_sgd,
+        lambda rule, grads, step: jax.tree.map(lambda r, g: -r * g, rule, grads),
+    ),
+    "per_layer_per_step": (
+        lambda params: update_rules.init_per_layer_per_step(params, num_steps=STEPS, rate=RATE),
+        update_rules.per_layer_per_step,
+        lambda rule, grads, step: jax.tree.map(
+            lambda r, g: -r[min(step, STEPS - 1)] * g, rule, grads
+        ),
+    ),
+    "meta_curvature": (
+        update_rules.init_meta_curvature,
+        lambda factors: update_rules.meta_curvature(factors, rate=RATE),
+        lambda rule, grads, step: jax.tree.map(
+            lambda g, f: -RATE * curved(f, g), grads, rule, is_leaf=lambda x: isinstance(x, tuple)
+        ),
+    ),
+}
+
+
+def plain_loop(update, rule, params, support, num_steps, moves=lambda path: True):
+    for step in range(num_steps):
+        updates = update(rule, jax.grad(plain_loss)(params, support), step)
+        params = {
+            part: {
+                name: leaf + updates[part][name] if moves(f"{part}/{name}") else leaf
+                for name, leaf in leaves.items()
+            }
+            for part, leaves in params.items()
+        }
+    return params
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("part", [None, "head"])
+def test_a_rule_equals_its_plain_loop_in_loss_prediction_and_gradients(name, part):
+    init, rule, update = RULES[name]
+    params, episode = example()
+    meta = MetaParams(params, noisy(init(params), 0.05))
+    trainable = None if part is None else (lambda path: path.startswith(part))
+    options = {"rule": rule, "num_steps": 3, "trainable": trainable}
+
+    def expected(meta):
+        adapted = plain_loop(
+            update, meta.rule, meta.init, episode.support, 3, trainable or (lambda path: True)
+        )
+        return plain_loss(adapted, episode.query), net(adapted, episode.query[0])
+
+    loss = update_rules.learned_rule_loss(loss_fn, **options)
+    (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(meta, episode, KEY)
+    (reference, outputs), reference_grads = jax.value_and_grad(expected, has_aux=True)(meta)
+    chex.assert_trees_all_close((value, grads), (reference, reference_grads), rtol=1e-10)
+    predict = update_rules.learned_rule_predict(
+        loss_fn, lambda params, support, inputs: net(params, inputs), **options
+    )
+    actual = predict(meta, episode.support, episode.query[0], KEY)
+    np.testing.assert_allclose(actual, outputs, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_meta_gradient_of_initialisation_and_rule_equals_finite_differences(name):
+    init, rule, _ = RULES[name]
+    params, episode = example()
+    meta = MetaParams(params, noisy(init(params), 0.05))
+    loss = update_rules.learned_rule_loss(loss_fn, rule=rule, num_steps=STEPS)
+    value = jax.jit(lambda meta: loss(meta, episode, KEY)[0])
+    grads = jax.jit(jax.grad(value))(meta)
+    numerical = references.finite_differences(lambda meta: float(value(meta)), meta)
+    chex.assert_trees_all_close(grads, numerical, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_at_its_start_is_maml(name):
+    init, rule, _ = RULES[name]
+    params, episode = example()
+    meta = MetaParams(params, init(params))
+    loss = update_rules.learned_rule_loss(loss_fn, rule=rule, num_steps=STEPS)
+    plain = maml_loss(loss_fn, inner_optimizer=optax.sgd(RATE), num_steps=STEPS)
+    value, grads = jax.value_and_grad(loss, has_aux=True)(meta, episode, KEY)
+    expected, expected_grads = jax.value_and_grad(plain, has_aux=True)(params, episode, KEY)
+    chex.assert_trees_all_close((value, grads.init), (expected, expected_grads), rtol=1e-10)
+    assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads.rule)) > 1e-3
+
+
+def test_per_step_leaves_reach_the_inner_loop_of_a_learned_rule():
+    params, episode = example()
+    params["body"]["bias"] = random(STEPS + 1, 3, seed=7)
+    options = {"num_steps": STEPS, "per_step": lambda path: path == "body/bias"}
+    rates = update_rules.init_meta_sgd(params, rate=RATE)
+    sgd = {"inner_optimizer": optax.sgd(RATE), **options}
+    rule = {"rule": update_rules.meta_sgd, **options}
+
+    def answer(params, support, inputs):
+        return net(params, inputs)
+
+    actual = update_rules.learned_rule_loss(loss_fn, **rule)(
+        MetaParams(params, rates), episode, KEY
+    )
+    np.testing.assert_allclose(actual[0], maml_loss(loss_fn, **sgd)(params, episode, KEY)[0])
+    inputs = (episode.support, episode.query[0], KEY)
+    predict = update_rules.learned_rule_predict(loss_fn, answer, every_step=True, **rule)
+    expected = maml_predict(loss_fn, answer, every_step=True, **sgd)(params, *inputs)
+    np.testing.assert_allclose(predict(meta, *inputs), expected)
+
+
+def test_annealed_weights_by_hand():
+    def weights(step):
+        return update_rules.annealed_weights(step, num_inner_steps=4, anneal_steps=10)
+
+    np.testing.assert_allclose(weights(0), [0.25] * 4)
+    np.testing.assert_allclose(weights(5), [0.125, 0.125, 0.125, 0.625])
+    for step in (10, 1000):
+        np.testing.assert_allclose(weights(step), [0, 0, 0, 1])
+    np.testing.assert_allclose(jax.jit(weights)(jnp.asarray(5)), weights(5))
+
+
+def test_refuses_counts_below_one():
+    with pytest.raises(UserError, match="num_inner_steps is 0"):
+        update_rules.annealed_weights(0, num_inner_steps=0, anneal_steps=3)
+    with pytest.raises(UserError, match="num_steps is 0"):
+        update_rules.init_per_layer_per_step(example()[0], num_steps=0, rate=RATE)

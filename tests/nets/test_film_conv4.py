@@ -1,0 +1,142 @@
+"""FilmConv4 is Conv4 for a context of zeros, modulates its third block, and adapts by CAVIA."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import references
+
+from metagen_jax.gradients import gradients
+from metagen_jax.meta.cavia import cavia_loss, cavia_params
+from metagen_jax.nets.conv4 import Conv4
+from metagen_jax.nets.film_conv4 import FilmConv4
+from metagen_jax.supervised import cross_entropy_loss
+from metagen_jax.types import Episode
+
+KEY = jax.random.key(0)
+NUM_CONTEXT = 3
+
+
+def random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def example(strided, num_images=5):
+    """A net, parameters away from the initial ones, so that leaving one out shows, and images."""
+    images = random(num_images, 17, 16, 2)
+    net = FilmConv4(4, num_filters=8, strided=strided)
+    params = jax.jit(net.init)(KEY, images, jnp.zeros(NUM_CONTEXT))["params"]
+    return net, jax.tree.map(lambda p: p + 0.1 * random(*p.shape, seed=1), params), images
+
+
+def test_has_the_parameters_of_conv4_and_one_linear_layer_more():
+    images = jnp.zeros((1, 28, 28, 1))
+    film = jax.eval_shape(FilmConv4(5).init, KEY, images, jnp.zeros(100))["params"]
+    conv4 = jax.eval_shape(Conv4(5).init, KEY, images)["params"]
+    assert jax.tree.map(jnp.shape, film.pop("film")) == {"kernel": (100, 128)}
+    assert jax.tree.map(jnp.shape, film) == jax.tree.map(jnp.shape, conv4)
+
+
+@pytest.mark.parametrize("num_reference", [None, 3])
+@pytest.mark.parametrize("strided", [True, False])
+def test_a_context_of_zeros_is_conv4_in_value_and_gradient(strided, num_reference):
+    net, params, images = example(strided)
+    conv4 = Conv4(4, num_filters=8, strided=strided)
+
+    def loss(apply, params, *inputs):
+        logits = apply({"params": params}, *inputs, num_reference=num_reference)
+        return jnp.sum(random(5, 4, seed=2) * logits)
+
+    value_and_grad = jax.jit(jax.value_and_grad(loss, argnums=1), static_argnums=0)
+    value, grads = value_and_grad(net.apply, params, images, jnp.zeros(NUM_CONTEXT))
+    without = {name: leaf for name, leaf in params.items() if name != "film"}
+    expected, expected_grads = value_and_grad(conv4.apply, without, images)
+    assert np.all(grads.pop("film")["kernel"] == 0)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), grads, expected_grads
+    )
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_equals_the_same_net_in_numpy(strided):
+    net, params, images = example(strided)
+    context = 3 * random(NUM_CONTEXT, seed=3)
+    actual = jax.jit(net.apply)({"params": params}, images, context)
+
+    params, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, images))
+    for block in range(4):
+        conv, norm = params[f"conv{block}"], params[f"norm{block}"]
+        strides = (2, 2) if strided else (1, 1)
+        x = references.convolve_same(x, conv["kernel"], strides) + conv["bias"]
+        x = references.batch_norm(x, norm["scale"], norm["bias"], epsilon=1e-3)
+        if not strided:
+            x, _ = references.max_pool_2x2(x)
+        if block == 2:
+            scale, shift = np.split(context @ params["film"]["kernel"], 2)
+            assert np.any(1 + scale < 0), "so that it matters what comes before the modulation"
+            x = (1 + scale) * x + shift
+        x = np.maximum(x, 0)
+    x = x.mean((1, 2)) if strided else x.reshape(len(x), -1)
+    expected = x @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strided", [True, False])
+def test_the_initial_net_learns_from_a_context_of_zeros(strided):
+    images = random(5, 16, 16, 1)
+    net = FilmConv4(4, num_filters=8, strided=strided)
+    params = jax.jit(net.init)(KEY, images, jnp.zeros(NUM_CONTEXT))
+    slope = jax.jit(jax.grad(lambda c: jnp.sum(random(5, 4) * net.apply(params, images, c))))
+    assert np.all(np.abs(slope(jnp.zeros(NUM_CONTEXT))) > 1e-4)
+
+
+def test_images_after_the_reference_are_answered_one_by_one():
+    net, params, images = example(True)
+    context = random(NUM_CONTEXT, seed=3)
+
+    @jax.jit
+    def answer(queries):
+        both = jnp.concatenate([images[:3], queries])
+        return net.apply({"params": params}, both, context, num_reference=3)[3:]
+
+    alone = np.concatenate([answer(images[3:4]), answer(images[4:])])
+    np.testing.assert_allclose(answer(images[3:]), alone, rtol=1e-4, atol=1e-5)
+
+
+def test_adapts_by_cavia_under_vmap_as_in_a_loop():
+    net, shared, _ = example(True)
+    loss_fn = cross_entropy_loss(
+        lambda params, x: net.apply({"params": params["shared"]}, x, params["context"])
+    )
+    images, labels = random(2, 5, 17, 16, 2), np.arange(10).reshape(2, 5) % 4
+    tasks = Episode((images, labels), (images, labels))
+    params = cavia_params(shared, NUM_CONTEXT)
+
+    def grad_fn(num_steps):
+        return gradients(cavia_loss(loss_fn, inner_optimizer=optax.sgd(0.1), num_steps=num_steps))
+
+    vmapped = jax.jit(jax.vmap(grad_fn(2), in_axes=(None, 0, None)))
+    grads, metrics = vmapped(params, tasks, KEY)
+    one = jax.jit(grad_fn(2))
+    for t in range(2):
+        task = jax.tree.map(lambda x, t=t: x[t], tasks)
+        expected, expected_metrics = one(params, task, KEY)
+        jax.tree.map(
+            lambda a, b, t=t: np.testing.assert_allclose(a[t], b, rtol=1e-2, atol=1e-3),
+            grads,
+            expected,
+        )
+        np.testing.assert_allclose(metrics["loss"][t], expected_metrics["loss"], rtol=1e-4)
+        # The query is the support, so that adaptation must lower its loss.
+        before, _ = jax.jit(loss_fn)(params, task.support, KEY)
+        assert expected_metrics["loss"] < before
+    assert np.all(grads["context"] == 0)
+    assert np.abs(grads["shared"]["film"]["kernel"]).max() > 1e-3
+
+
+def test_refuses_images_too_small_for_four_max_pools():
+    net = FilmConv4(5, strided=False)
+    with pytest.raises(ValueError, match="15x16 pixels; four max-pools need at least 16 a side"):
+        jax.eval_shape(net.init, KEY, jnp.zeros((1, 15, 16, 1)), jnp.zeros(2))
