@@ -5,10 +5,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Key
 
 from metagen_jax.errors import UserError
-from metagen_jax.types import Batch, LossFn, Metrics, Params, PRNGKey
+from metagen_jax.types import Batch, LossFn, Metrics, Params
 
 Apply = Callable[..., Any]
 """`apply(params, inputs) -> outputs`, such as the `apply` of a flax module."""
@@ -25,7 +25,7 @@ def cross_entropy_loss(apply: Apply) -> LossFn:
       UserError for labels of another shape, such as one-hot ones.
     """
 
-    def loss_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Metrics]:
+    def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
         del key
         inputs, labels = batch
         logits = apply(params, inputs)
@@ -51,7 +51,7 @@ def squared_error_loss(apply: Apply) -> LossFn:
       for targets of another shape, which would be broadcast.
     """
 
-    def loss_fn(params: Params, batch: Batch, key: PRNGKey) -> tuple[Array, Metrics]:
+    def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
         del key
         inputs, targets = batch
         outputs = apply(params, inputs)

@@ -289,6 +289,7 @@ def test_one_key_for_each_task_or_one_for_all(method):
         g(params, tasks, task_keys(jax.random.key(0), 8))
 
 
+@pytest.mark.usefixtures("ill_typed")
 def test_no_devices_and_unknown_methods_are_refused():
     grad_fn = mean_over_tasks(second_order_maml())
     with pytest.raises(ValueError, match="devices is empty"):

@@ -54,8 +54,8 @@ class FullContextEmbedding(nn.Module):
             nn.RNN(cell(name="forward")), nn.RNN(cell(name="backward")), merge_fn=jnp.add
         )
         zero = jnp.zeros_like(support[0])
-        start = ((zero, zero), (zero, zero))
-        _, told = read(support, initial_carry=start, return_carry=True)
+        blank = (zero, zero)
+        _, told = read(support, initial_carry=(blank, blank), return_carry=True)
         support = support + told
 
         def attend(cell: nn.RNNCellBase, carry: tuple[Array, Array], _: None):

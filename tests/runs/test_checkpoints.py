@@ -29,7 +29,7 @@ RECORD = {"best_step": None, "seconds": 0.1, "sums": {"loss": 1e-300}}
 
 
 class State(NamedTuple):
-    step: int
+    step: jax.Array
     params: dict
     other: object
 
@@ -43,9 +43,8 @@ def make_state(seed=0):
         "list": [jnp.arange(3), {"flag": jnp.array(True)}],
         "none": None,
     }
-    return State(
-        seed, params, (optax.adam(1e-3).init({"x": jnp.ones(2)}), keys[2], jnp.array(1 / 3))
-    )
+    other = (optax.adam(1e-3).init({"x": jnp.ones(2)}), keys[2], jnp.array(1 / 3))
+    return State(jnp.int32(seed), params, other)
 
 
 def assert_same(one, other):
