@@ -1,0 +1,207 @@
+"""A learned optimiser: a small network that is asked for the step of each coordinate.
+
+    rule_params = init_learned_optimizer(key)
+    optimizer = learned_optimizer(rule_params)                 # an optax optimiser like any other
+
+It is a rule as those of `metagen_jax.meta.update_rules`, for parameters of any shapes.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, Int, Int32
+
+from metagen_jax.errors import UserError
+from metagen_jax.types import Params, PRNGKey
+
+# In steps. All have saturated after a hundred steps, so that time brings nothing new to an
+# optimiser that goes on longer than it was trained for.
+_TIMESCALES = (1.0, 3.0, 10.0, 30.0)
+
+
+class LearnedOptimizerParams(NamedTuple):
+    """What a learned optimiser has learned.
+
+    Attributes:
+      decay_logits: `(decays,)`, the logits of the decays of its running averages.
+      layers: kernels `(inputs, outputs)` and biases of the network that sees each coordinate.
+    """
+
+    decay_logits: Float[Array, " decays"]
+    layers: tuple[tuple[Float[Array, "inputs outputs"], Float[Array, " outputs"]], ...]
+
+
+class LearnedOptimizerState(NamedTuple):
+    """What a learned optimiser remembers.
+
+    Attributes:
+      steps: taken so far.
+      momentum: `(parameters, decays)`, running averages of the gradient.
+      second_moment: `(parameters, decays)`, those of its square.
+    """
+
+    steps: Int32[Array, ""]
+    momentum: Float[Array, "parameters decays"]
+    second_moment: Float[Array, "parameters decays"]
+
+
+def init_learned_optimizer(
+    key: PRNGKey,
+    *,
+    hidden: Sequence[int] = (32, 32),
+    decays: Sequence[float] = (0.5, 0.9, 0.99),
+) -> LearnedOptimizerParams:
+    """An untrained optimiser, whose network has a last layer of zeros: it leaves all as it is.
+
+    Args:
+      key: a typed key.
+      hidden: units of each hidden layer.
+      decays: of the running averages, where their training begins; between 0 and 1.
+
+    Raises:
+      UserError: if a decay is not between 0 and 1, or there is none.
+    """
+    if not decays or not all(0 < decay < 1 for decay in decays):
+        raise UserError(f"decays are {tuple(decays)}; give one or more between 0 and 1")
+    num_features = 2 + (2 + len(decays)) + len(decays) + 2 + len(_TIMESCALES)
+    sizes = (num_features, *hidden, 2)
+    inits = [*(jax.nn.initializers.lecun_normal() for _ in hidden), jax.nn.initializers.zeros]
+    layers = tuple(
+        (init(layer_key, shape), jnp.zeros(shape[1]))
+        for init, layer_key, *shape in zip(
+            inits, jax.random.split(key, len(inits)), sizes[:-1], sizes[1:], strict=True
+        )
+    )
+    return LearnedOptimizerParams(jax.scipy.special.logit(jnp.array(decays)), layers)
+
+
+def learned_optimizer(
+    rule_params: LearnedOptimizerParams,
+    *,
+    scale: float = 0.01,
+    magnitude_scale: float = 1.0,
+    epsilon: float = 1e-10,
+) -> optax.GradientTransformation:
+    """An optax optimiser whose step is a small network's answer, asked for each coordinate.
+
+    `theta' = theta - scale * direction * exp(magnitude_scale * magnitude)`, with
+    `(direction, magnitude) = network(features)`, the features of one coordinate being
+
+    - log-magnitude and sign of its gradient: `log_and_sign` (Andrychowicz et al. 2016);
+    - for each decay its momentum m, relative to the root mean square of the whole leaf's, and
+      `m / sqrt(v)` with v its second moment, both free of their initial bias as in Adam;
+    - gradient and parameter, each relative to the root mean square of its leaf, and the logarithms
+      of these two roots;
+    - the time, `tanh(steps / tau)` for tau of 1, 3, 10 and 30 steps
+
+    (Metz et al. 2020, Tasks, stability, architecture, and compute, whose form of the step this is).
+    All but the logarithms are bounded, so that no gradient makes a large step, and the cost is a
+    few hundred to a few thousand products for each parameter.
+
+    Args:
+      rule_params: see `init_learned_optimizer`.
+      scale: the size of a step where the network says one.
+      magnitude_scale: how strongly it may vary that.
+      epsilon: added to mean squares and second moments below a root, so that gradients of zero have
+        finite derivatives; gradients well below its root seem small to the network.
+
+    Returns:
+      A transformation for any pytree of floating-point arrays. Its `update` asks for `params` and
+      raises a UserError without.
+    """
+    decays = jax.nn.sigmoid(rule_params.decay_logits)
+
+    def init(params: Params) -> LearnedOptimizerState:
+        flat, _ = ravel_pytree(params)
+        zeros = jnp.zeros((flat.size, len(decays)), jnp.result_type(flat, decays))
+        return LearnedOptimizerState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(updates: Params, state: Any, params: Params | None = None):
+        if params is None:
+            raise UserError("params is None; a learned optimiser's update needs the parameters")
+        # All leaves at once: one by one, a step would compile and run several times as long.
+        gradient, _ = ravel_pytree(updates)
+        parameter, unravel = ravel_pytree(params)
+        time = state.steps + 1
+        momentum = decays * state.momentum + (1 - decays) * gradient[:, None]
+        second_moment = decays * state.second_moment + (1 - decays) * jnp.square(gradient)[:, None]
+        unbiased = 1 / (1 - decays**time)
+        features = _features(
+            gradient,
+            parameter,
+            momentum * unbiased,
+            second_moment * unbiased,
+            time,
+            sizes=[x.size for x in jax.tree.leaves(params)],
+            epsilon=epsilon,
+        )
+        direction, magnitude = _network(rule_params.layers, features).T
+        step = -scale * direction * jnp.exp(magnitude_scale * magnitude)
+        state = LearnedOptimizerState(time, momentum, second_moment)
+        return unravel(step.astype(parameter.dtype)), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def log_and_sign(x: Float[Array, "*shape"], *, p: float = 10.0) -> Float[Array, "*shape 2"]:
+    """Numbers of any size as two numbers between -1 and 1 or not far beyond.
+
+    `(log|x| / p, sign(x))` where `|x| >= e^-p`, `(-1, e^p x)` elsewhere: appendix A of Andrychowicz
+    et al. 2016, Learning to learn by gradient descent by gradient descent.
+
+    Args:
+      x: gradients.
+      p: how many factors of e to tell apart below one.
+    """
+    large = jnp.abs(x) >= math.exp(-p)
+    # The logarithm's derivative at zero would be NaN even where it isn't taken.
+    log = jnp.log(jnp.abs(jnp.where(large, x, 1))) / p
+    first = jnp.where(large, log, -1)
+    second = jnp.where(large, jnp.sign(x), math.exp(p) * x)
+    return jnp.stack([first, second], axis=-1)
+
+
+def _features(
+    gradient: Float[Array, " n"],
+    parameter: Float[Array, " n"],
+    momentum: Float[Array, "n decays"],
+    second_moment: Float[Array, "n decays"],
+    time: Int[Array, ""],
+    *,
+    sizes: Sequence[int],
+    epsilon: float,
+) -> Float[Array, "n features"]:
+    """What the network sees of each coordinate; `sizes` are those of the leaves, one by one."""
+    raw = jnp.concatenate([gradient[:, None], parameter[:, None], momentum], axis=1)
+    ends = list(itertools.accumulate(sizes))[:-1]
+    mean_squares = jnp.concatenate(
+        [
+            jnp.broadcast_to(jnp.square(leaf).mean(0) + epsilon, leaf.shape)
+            for leaf in jnp.split(raw, ends)
+        ]
+    )
+    times = jnp.tanh(time / jnp.array(_TIMESCALES))
+    return jnp.concatenate(
+        [
+            log_and_sign(gradient),
+            raw * jax.lax.rsqrt(mean_squares),
+            momentum * jax.lax.rsqrt(second_moment + epsilon),
+            # Of gradient and parameter; scaled as `log_and_sign` scales, being squares.
+            jnp.log(mean_squares[:, :2]) / 20,
+            jnp.broadcast_to(times, (len(gradient), len(times))),
+        ],
+        axis=1,
+    )
+
+
+def _network(layers, x: Float[Array, "n features"]) -> Float[Array, "n 2"]:
+    for kernel, bias in layers[:-1]:
+        x = jax.nn.relu(x @ kernel + bias)
+    kernel, bias = layers[-1]
+    return x @ kernel + bias
