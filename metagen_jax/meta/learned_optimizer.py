@@ -101,8 +101,9 @@ def learned_optimizer(
     - the time, `tanh(steps / tau)` for tau of 1, 3, 10 and 30 steps
 
     (Metz et al. 2020, Tasks, stability, architecture, and compute, whose form of the step this is).
-    All but the logarithms are bounded, so that no gradient makes a large step, and the cost is a
-    few hundred to a few thousand products for each parameter.
+    All features but the logarithms are bounded; the step is not, since the magnitude is not: on
+    parameters or gradients far from those of its training a trained rule may take very large steps.
+    The cost is a few hundred to a few thousand products for each parameter.
 
     Args:
       rule_params: see `init_learned_optimizer`.

@@ -123,6 +123,7 @@ def result(tmp_path_factory):
     return config, medical.main(config)
 
 
+@pytest.mark.slow
 def test_the_experiment_gives_both_metrics_of_each_method_with_intervals(result):
     _, numbers = result
     methods = ["nearest_neighbour"] + [
@@ -141,6 +142,7 @@ def test_the_experiment_gives_both_metrics_of_each_method_with_intervals(result)
     json.dumps(numbers)
 
 
+@pytest.mark.slow
 def test_the_experiment_draws_its_figure(result):
     config, _ = result
     assert (config.run_dir / "medical.png").stat().st_size > 10_000
