@@ -1,7 +1,7 @@
 """Labelled images, and splits of them by class, as few-shot learning needs.
 
-The class lists of Omniglot and of the glyphs are frozen in `splits/`, whose README names their
-sources; `split_classes` splits any other set.
+The class lists of Omniglot, the glyphs, CIFAR-FS and miniImageNet are frozen in `splits/`, whose
+README names their sources; `split_classes` splits any other set.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,9 @@ from metagen_jax.errors import DataError
 
 _PARTS = ("train", "val", "trainval", "test")
 FROZEN_SPLITS = {
+    "cifar_fs": _PARTS,
     "glyphs": _PARTS,
+    "mini_imagenet": _PARTS,
     "omniglot": tuple(f"{s}/{p}" for s in ("vinyals", "lake", "random1200") for p in _PARTS),
 }
 """The splits by class that are kept in files, for each data set."""

@@ -4,25 +4,22 @@ Their class lists are frozen in `splits/cifar_fs` and `splits/mini_imagenet`, 64
 16 to validate, 20 to test, with 600 pictures each.
 """
 
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from metagen_jax.data.classes import LabelledImages, select_classes
-from metagen_jax.data.sources import (
-    _CACHE_FORMAT,
+from metagen_jax.data.cache import (
+    CACHE_FORMAT,
     Folder,
-    Progress,
-    _cache_folder,
-    _cached,
-    _digest,
-    _missing_package_named,
-    load_images,
+    cache_folder,
+    cached,
+    digest,
+    missing_package_named,
 )
+from metagen_jax.data.classes import LabelledImages, frozen_classes, select_classes
+from metagen_jax.data.sources import Progress, load_images
 from metagen_jax.errors import DataError
 
-_LISTS = {"train": ("train",), "val": ("val",), "trainval": ("train", "val"), "test": ("test",)}
 _PICTURES = (".jpg", ".jpeg", ".png")
 
 
@@ -47,7 +44,7 @@ def load_cifar_fs(
     Bertinetto, Henriques, Torr, Vedaldi: Meta-learning with differentiable closed-form solvers,
     2019, appendix.
     """
-    names = _class_names("cifar_fs", split)
+    names = frozen_classes("cifar_fs", split)
     every = load_images(
         "cifar100", "train+test", data_dir=data_dir, cache_dir=cache_dir, progress=progress
     )
@@ -84,14 +81,14 @@ def load_mini_imagenet(
 
     Ravi, Larochelle: Optimization as a Model for Few-Shot Learning, 2017, section 5.1.
     """
-    names = _class_names("mini_imagenet", split)
+    names = frozen_classes("mini_imagenet", split)
     if size < 1:
         raise DataError(f"size is {size}; give the side in pixels, 1 or more")
     root = Path(folder).expanduser()
     files = _list_pictures(root, names)
     described = [f"{file.parent.name}/{file.name} {file.stat().st_size}" for file, _ in files]
-    key = _digest(split, *described)
-    cache = _cache_folder(cache_dir) / f"mini_imagenet-{split}-{size}-{key}-v{_CACHE_FORMAT}.npz"
+    key = digest(split, *described)
+    cache = cache_folder(cache_dir) / f"mini_imagenet-{split}-{size}-{key}-v{CACHE_FORMAT}.npz"
 
     def decode() -> LabelledImages:
         images = np.empty((len(files), size, size, 3), np.uint8)
@@ -101,16 +98,8 @@ def load_mini_imagenet(
                 progress(index + 1, len(files))
         return LabelledImages(images, np.array([label for _, label in files], np.int32), names)
 
-    with _missing_package_named("miniImageNet"):
-        return _cached(cache, decode)
-
-
-def _class_names(name: str, split: str) -> tuple[str, ...]:
-    if split not in _LISTS:
-        raise DataError(f"{name} has no split {split!r}; give one of {', '.join(_LISTS)}")
-    folder = resources.files("metagen_jax.data") / "splits" / name
-    texts = [(folder / f"{part}.txt").read_text(encoding="utf-8") for part in _LISTS[split]]
-    return tuple("".join(texts).splitlines())
+    with missing_package_named("miniImageNet"):
+        return cached(cache, decode)
 
 
 def _list_pictures(root: Path, names: tuple[str, ...]) -> list[tuple[Path, int]]:

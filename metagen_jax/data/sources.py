@@ -4,20 +4,24 @@
 run has it in a fraction of a second, without TFDS. Nothing here needs TensorFlow.
 """
 
-import contextlib
-import hashlib
 import importlib.metadata
 import io
 import os
 import re
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from metagen_jax.data.cache import (
+    CACHE_FORMAT,
+    Folder,
+    cache_folder,
+    cached,
+    digest,
+    missing_package_named,
+)
 from metagen_jax.data.classes import (
     FROZEN_SPLITS,
     LabelledImages,
@@ -30,13 +34,10 @@ from metagen_jax.errors import DataError
 # TFDS's own splits of Omniglot are Lake's: they share the cached array with the others.
 _OMNIGLOT_SYNONYMS = {"train": "lake/trainval", "test": "lake/test"}
 
-# Part of every cache file's name: raise it when the same request gives other pixels or labels.
-_CACHE_FORMAT = 1
 _DECODE_CHUNK = 512
 _CHANNEL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _INK_0_PAPER_255 = [0] + 255 * [255]
 
-Folder = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
 
@@ -88,8 +89,8 @@ def load_images(
     base = name.partition(":")[0]
     by_class = _OMNIGLOT_SYNONYMS.get(split, split) if base == "omniglot" else split
     is_by_class = by_class in FROZEN_SPLITS.get(base, ())
-    cache = _cache_folder(cache_dir)
-    with _missing_package_named(name):
+    cache = cache_folder(cache_dir)
+    with missing_package_named(name):
         if base == "glyphs":
             if not is_by_class:
                 raise _unknown_split(name, split, [])
@@ -103,14 +104,14 @@ def load_images(
 def _load_glyphs(size: int, cache: Path, progress: Progress | None) -> LabelledImages:
     names = frozen_classes("glyphs", "trainval") + frozen_classes("glyphs", "test")
     versions = [importlib.metadata.version(package) for package in ("matplotlib", "pillow")]
-    key = _digest(*versions, *names)
+    key = digest(*versions, *names)
 
     def render() -> LabelledImages:
         images = render_glyphs(names, size=size, progress=progress)
         labels = np.repeat(np.arange(len(names), dtype=np.int32), images.shape[1])
         return LabelledImages(images.reshape(-1, *images.shape[2:]), labels, names)
 
-    return _cached(cache / f"glyphs-{size}-{key}-v{_CACHE_FORMAT}.npz", render)
+    return cached(cache / f"glyphs-{size}-{key}-v{CACHE_FORMAT}.npz", render)
 
 
 def _load_tfds(
@@ -125,10 +126,10 @@ def _load_tfds(
     # The files' names, sizes and descriptions tell two preparations of one version apart.
     files = sorted(file for file in folder.iterdir() if file.is_file())
     described = [file.read_bytes() for file in files if file.suffix in (".json", ".txt")]
-    key = _digest(split, *(f"{file.name} {file.stat().st_size}" for file in files), *described)
+    key = digest(split, *(f"{file.name} {file.stat().st_size}" for file in files), *described)
     readable = re.sub(r"[^\w.+-]+", "_", f"{name.partition(':')[0]}-{folder.name}-{split}")
-    file = cache / f"{readable}-{size or 'full'}-{key}-v{_CACHE_FORMAT}.npz"
-    return _cached(file, lambda: _decode(folder, name, split, size, progress))
+    file = cache / f"{readable}-{size or 'full'}-{key}-v{CACHE_FORMAT}.npz"
+    return cached(file, lambda: _decode(folder, name, split, size, progress))
 
 
 def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
@@ -235,51 +236,3 @@ def _pixels(encoded: bytes, channels: int, size: int | None, *, binarize: bool) 
 def _unknown_split(name: str, split: str, tfds_splits: list[str]) -> DataError:
     known = ", ".join([*tfds_splits, *FROZEN_SPLITS.get(name.partition(":")[0], ())])
     return DataError(f"{name!r} has no split {split!r}; give one of {known}")
-
-
-@contextlib.contextmanager
-def _missing_package_named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        packages = {"PIL": "pillow", "tensorflow_datasets": "tensorflow-datasets"}
-        module = str(error.name).partition(".")[0]
-        package = packages.get(module, module)
-        raise DataError(
-            f"{name!r} can't be loaded without the package {package}; pip install {package}"
-        ) from None
-
-
-def _digest(*parts: str | bytes) -> str:
-    encoded = (part.encode() if isinstance(part, str) else part for part in parts)
-    return hashlib.sha256(b"\0".join(encoded)).hexdigest()[:12]
-
-
-def _cache_folder(cache_dir: Folder | None) -> Path:
-    if folder := cache_dir or os.environ.get("METAGEN_JAX_CACHE"):
-        return Path(folder).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "metagen_jax"
-
-
-def _cached(file: Path, make: Callable[[], LabelledImages]) -> LabelledImages:
-    """What `file` holds, or else what `make` gives, written to `file` all at once or not at all."""
-    try:
-        with np.load(file, allow_pickle=False) as arrays:
-            names = tuple(arrays["class_names"].tolist())
-            return LabelledImages(arrays["images"], arrays["labels"], names)
-    except (FileNotFoundError, NotADirectoryError):
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        warnings.warn(f"rebuilding the cache {file}, unreadable: {error}", stacklevel=4)
-    data = make()
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            np.savez(stream, **data._asdict())
-        os.replace(partial, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        warnings.warn(f"not cached, so to be decoded again next time: {error}", stacklevel=4)
-    return data

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from metagen_jax.data import DataError, colour_sets, sources
+from metagen_jax.data.classes import frozen_classes
 from metagen_jax.data.colour_sets import load_cifar_fs, load_mini_imagenet
 
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -29,7 +30,7 @@ FINE_LABELS = _LINES.split()
 
 
 def classes(name, split):
-    return colour_sets._class_names(name, split)
+    return frozen_classes(name, split)
 
 
 def pixels_of(label, index):
@@ -182,9 +183,9 @@ def test_mini_imagenet_is_cached_until_a_file_or_the_size_changes(folder, tmp_pa
 
 def test_users_mistakes_are_one_clear_line(folder, tmp_path):
     options = {"cache_dir": tmp_path / "cache"}
-    with pytest.raises(DataError, match=r"no split 'dev'; give one of train, val, trainval, test"):
+    with pytest.raises(DataError, match=r"split 'dev'; give one of train, val, trainval, test"):
         load_mini_imagenet("dev", folder=folder, **options)
-    with pytest.raises(DataError, match=r"no split 'dev'"):
+    with pytest.raises(DataError, match=r"no frozen split 'dev'"):
         load_cifar_fs("dev", data_dir=folder, **options)
     with pytest.raises(DataError, match=r"'cifar100' is not in data_dir"):
         load_cifar_fs("val", data_dir=folder, **options)
