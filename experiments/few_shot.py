@@ -1,10 +1,11 @@
-"""Few-shot classification of characters never seen in training, by MAML.
+"""Few-shot classification of characters never seen in training, by MAML and other learners.
 
     python -m experiments.few_shot                                   # embedded glyphs, minutes
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR
     python -m experiments.few_shot --preset omniglot-20w1s --data-dir DIR
+    python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --learner reptile
 
-Meta-trains an initialisation of the four-block net on episodes of the training classes, keeps the
+Meta-trains the four-block net on episodes of the training classes, keeps the
 checkpoint that is best on validation classes, and reports accuracy on `num_test_tasks` episodes of
 the test classes: before adaptation and after each step, transductive (queries normalised together,
 as published) and inductive (each query by itself), beside nearest neighbours in pixels and a

@@ -22,7 +22,6 @@ from metagen_jax.meta.proto_maml import proto_maml_loss, proto_maml_predict
 from metagen_jax.meta.reptile import mini_batches, reptile_gradients
 from metagen_jax.nets.context_embedding import FullContextEmbedding
 from metagen_jax.nets.conv4 import Conv4
-from metagen_jax.nets.film_conv4 import FilmConv4
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.types import (
     Batch,
@@ -209,13 +208,13 @@ def maml_plus_plus(config: Config) -> Learner:
 
 def cavia(config: Config) -> Learner:
     """CAVIA: the inner loop moves a context that modulates the third block."""
-    net = FilmConv4(config.num_ways, config.num_filters, config.strided)
+    net = make_net(config, config.num_ways)
 
     def apply(params: Params, images: Array, **options) -> Any:
-        return net.apply(params["shared"], images, params["context"], **options)
+        return net.apply(params["shared"], images, context=params["context"], **options)
 
     def init(key: PRNGKey, images: Array) -> Params:
-        shared = net.init(key, images, jnp.zeros(config.num_context))
+        shared = net.init(key, images, context=jnp.zeros(config.num_context))
         return cavia_params(shared, config.num_context)
 
     loss_fn = cross_entropy_loss(apply)
@@ -274,27 +273,24 @@ def proto_maml(config: Config) -> Learner:
         inner_optimizer=optimizer,
         num_steps=config.inner_steps,
     )
-    modes = {
-        name: proto_maml_predict(
+    predict = each_mode(
+        lambda inductive: proto_maml_predict(
             net.apply,
             num_ways=config.num_ways,
             inner_optimizer=optimizer,
             num_steps=config.test_steps,
             every_step=True,
-            inductive=name == "inductive",
+            inductive=inductive,
         )
-        for name in ("transductive", "inductive")
-    }
-    return Learner(net.init, gradients(loss), _each_mode(modes))
+    )
+    return Learner(net.init, gradients(loss), predict)
 
 
 def _without_steps(make_predict: Callable[..., PredictFn], embed, num_ways: int, **options):
     """The answers of a metric learner in both modes, after its only number of steps, none."""
-    modes = {
-        name: make_predict(embed, num_ways=num_ways, inductive=name == "inductive", **options)
-        for name in ("transductive", "inductive")
-    }
-    answer = _each_mode(modes)
+    answer = each_mode(
+        lambda inductive: make_predict(embed, num_ways=num_ways, inductive=inductive, **options)
+    )
 
     def predict(params: Params, support: Batch, inputs: PyTree, key: PRNGKey) -> PyTree:
         return jax.tree.map(lambda x: x[None], answer(params, support, inputs, key))
@@ -302,7 +298,10 @@ def _without_steps(make_predict: Callable[..., PredictFn], embed, num_ways: int,
     return predict
 
 
-def _each_mode(modes: dict[str, PredictFn]) -> PredictFn:
+def each_mode(make_predict: Callable[[bool], PredictFn]) -> PredictFn:
+    """`{"transductive": ..., "inductive": ...}` of what `make_predict(inductive)` predicts."""
+    modes = {"transductive": make_predict(False), "inductive": make_predict(True)}
+
     def predict(params: Params, support: Batch, inputs: PyTree, key: PRNGKey) -> PyTree:
         return {name: mode(params, support, inputs, key) for name, mode in modes.items()}
 

@@ -38,14 +38,11 @@ from metagen_jax.evaluation.baselines import (
     fine_tune_predict,
     nearest_neighbour_predict,
 )
-from metagen_jax.evaluation.estimates import estimate
-from metagen_jax.evaluation.few_shot import Sample, both_modes
+from metagen_jax.evaluation.few_shot import Sample, both_modes, evaluate_few_shot
 from metagen_jax.evaluation.roc import balanced_accuracy, roc_auc
-from metagen_jax.gradients import task_keys
 from metagen_jax.meta.maml import maml_predict
 from metagen_jax.meta.metric import prototypical_predict
 from metagen_jax.nets.conv4 import Conv4
-from metagen_jax.parallel import map_over_tasks, replicate
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.training import load_params
 from metagen_jax.types import Batch, Episode, MetaParams, Params, PredictFn, PRNGKey
@@ -248,50 +245,9 @@ def scratch_predict(net: Conv4, *, num_steps: int) -> PredictFn:
 
 def prototypes_predict(net: Conv4) -> PredictFn:
     """Classifies by prototypes of the features, in both modes."""
-    modes = {
-        mode: prototypical_predict(net.apply, num_ways=2, inductive=mode == "inductive")
-        for mode in ("transductive", "inductive")
-    }
-
-    def predict(params: Params, support: Batch, inputs: Array, key: PRNGKey) -> PyTree:
-        return {mode: answer(params, support, inputs, key) for mode, answer in modes.items()}
-
-    return predict
-
-
-def evaluate(
-    predict: PredictFn, params: Params, sample: Sample, data: ClassData, **options: Any
-) -> PyTree:
-    """Each metric on the test tasks, of every array of logits that `predict` gives.
-
-    Args:
-      predict: a pytree of logits `(..., queries, 2)`.
-      params: what it starts from.
-      sample: `(key, data) -> Episode`.
-      data: what it draws from.
-      options: `num_tasks`, `chunk` and `devices`, as for `evaluate_few_shot`.
-
-    Returns:
-      The pytree of `predict` with `{metric: Estimate (...)}` for each array of logits.
-    """
-    shared = replicate((params, data), devices=options["devices"])
-    key = replicate(jax.random.key(TEST_SEED), devices=options["devices"])
-    scores = _task_scores(shared, key, predict=predict, sample=sample, **options)
-    return jax.tree.map(estimate, scores)
-
-
-@functools.partial(jax.jit, static_argnames=("predict", "sample", "num_tasks", "chunk", "devices"))
-def _task_scores(shared, key, *, predict, sample, num_tasks, chunk, devices):
-    def of_task(shared, key):
-        params, data = shared
-        episode_key, predict_key = jax.random.split(key)
-        episode = sample(episode_key, data)
-        inputs, labels = episode.query
-        logits = predict(params, episode.support, inputs, predict_key)
-        return jax.tree.map(lambda x: score(x, labels), logits)
-
-    over_tasks = map_over_tasks(of_task, devices=devices, chunk=chunk)
-    return over_tasks(shared, task_keys(key, num_tasks))
+    return few_shot_learners.each_mode(
+        lambda inductive: prototypical_predict(net.apply, num_ways=2, inductive=inductive)
+    )
 
 
 def score(
@@ -322,7 +278,16 @@ def compare_methods(
     run: dict[str, Any] = {"chunk": config.chunk, "devices": devices}
 
     def on_test(predict: PredictFn, params: Params) -> PyTree:
-        return evaluate(predict, params, sample, test, num_tasks=config.num_test_tasks, **run)
+        return evaluate_few_shot(
+            predict,
+            params,
+            sample,
+            test,
+            key=jax.random.key(TEST_SEED),
+            num_tasks=config.num_test_tasks,
+            score=score,
+            **run,
+        )
 
     prototypes = on_test(prototypes_predict(pretrained.net), pretrained.params)
     rows = {f"prototypes_{mode}": Row(metrics) for mode, metrics in prototypes.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from metagen_jax.errors import UserError
 from metagen_jax.evaluation.estimates import estimate
@@ -25,6 +25,9 @@ Sample = Callable[[PRNGKey, Any], Episode]
 Predict = Callable[[Params, Batch, PyTree], PyTree]
 """`predict_fn(params, support, inputs) -> logits`, what `maml_predict` asks adapted parameters."""
 
+Score = Callable[[Array, Array], PyTree]
+"""`score(logits (..., queries, ways), labels (queries,)) -> numbers (...)`, any pytree of them."""
+
 
 def evaluate_few_shot(
     predict: PredictFn,
@@ -34,6 +37,7 @@ def evaluate_few_shot(
     *,
     key: PRNGKey,
     num_tasks: int = 1000,
+    score: Score | None = None,
     chunk: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> PyTree:
@@ -51,13 +55,14 @@ def evaluate_few_shot(
       data: what `sample` draws from, any pytree of arrays.
       key: fixes tasks and predictions.
       num_tasks: how many episodes.
+      score: what is measured in place of the accuracy; always pass the same function.
       chunk: how many at once on each device. On a CPU 1 is fastest, on accelerators the largest
         that fits.
       devices: what to spread the tasks over; None takes all of this host.
 
     Returns:
       The pytree of `predict` with an `Estimate` of the accuracy, a fraction, for each array of
-      logits. A query with a NaN among its logits counts as wrong.
+      logits, or of what `score` gives for it. A query with a NaN among its logits counts as wrong.
 
     Raises:
       UserError: if `num_tasks` is less than 2, `chunk` less than 1, or the logits don't match the
@@ -67,16 +72,17 @@ def evaluate_few_shot(
         raise UserError(f"num_tasks is {num_tasks}; an interval needs 2 or more, 1000 is usual")
     devices = tuple(jax.local_devices() if devices is None else devices)
     shared = replicate((params, data), devices=devices)
-    correct = _task_accuracies(
+    scores = _task_scores(
         shared,
         replicate(key, devices=devices),
         predict=predict,
         sample=sample,
         num_tasks=num_tasks,
+        score=accuracy if score is None else score,
         chunk=chunk,
         devices=devices,
     )
-    return jax.tree.map(estimate, correct)
+    return jax.tree.map(estimate, scores)
 
 
 def transductive(apply: Callable[..., Any]) -> Predict:
@@ -125,23 +131,33 @@ def both_modes(apply: Callable[..., Any]) -> Predict:
     return predict_fn
 
 
-@functools.partial(jax.jit, static_argnames=("predict", "sample", "num_tasks", "chunk", "devices"))
-def _task_accuracies(shared, key, *, predict, sample, num_tasks, chunk, devices):
-    """The pytree of `predict` with the accuracies `(num_tasks, ...)` of each array of logits."""
+_STATIC = ("predict", "sample", "num_tasks", "score", "chunk", "devices")
 
-    def task_accuracy(shared, key):
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _task_scores(shared, key, *, predict, sample, num_tasks, score, chunk, devices):
+    """The pytree of `predict` with the scores `(num_tasks, ...)` of each array of logits."""
+
+    def task_score(shared, key):
         params, data = shared
         episode_key, predict_key = jax.random.split(key)
         episode = sample(episode_key, data)
         inputs, labels = episode.query
         logits = predict(params, episode.support, inputs, predict_key)
-        return jax.tree.map(lambda x: _accuracy(x, labels), logits)
+        return jax.tree.map(lambda x: score(x, labels), logits)
 
-    over_tasks = map_over_tasks(task_accuracy, devices=devices, chunk=chunk)
+    over_tasks = map_over_tasks(task_score, devices=devices, chunk=chunk)
     return over_tasks(shared, task_keys(key, num_tasks))
 
 
-def _accuracy(logits: Float[Array, "*steps queries ways"], labels) -> Float[Array, "*steps"]:
+def accuracy(
+    logits: Float[Array, "*steps queries ways"], labels: Int[Array, " labels"]
+) -> Float[Array, "*steps"]:
+    """The fraction of queries whose largest logit is that of their class; one with a NaN is wrong.
+
+    Raises:
+      UserError: if there are not logits for each query.
+    """
     if logits.ndim < 2 or logits.shape[-2] != len(labels):
         raise UserError(
             f"the logits have shape {logits.shape} for {len(labels)} queries; "

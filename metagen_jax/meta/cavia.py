@@ -19,7 +19,7 @@ def cavia_params(shared: Params, num_context: int) -> Params:
     """What CAVIA trains: `{"shared": shared, "context": zeros (num_context,)}`.
 
     Args:
-      shared: the parameters of a net that takes the context as an input, such as `FilmConv4`'s, or
+      shared: the parameters of a net that takes the context as an input, such as `Conv4`'s, or
         an MLP's that sees it beside each input.
       num_context: context parameters.
 

@@ -12,6 +12,7 @@ from metagen_jax.nets.convolution import Conv, max_pool_2x2
 
 Norm = Literal["batch", "group", "layer", "none"]
 NUM_GROUPS = 8
+_MODULATED_BLOCK = 2
 
 
 class BatchNorm(nn.Module):
@@ -63,13 +64,20 @@ class Conv4(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "n h w c"], num_reference: int | None = None
+        self,
+        images: Float[Array, "n h w c"],
+        num_reference: int | None = None,
+        *,
+        context: Float[Array, " context"] | None = None,
     ) -> Float[Array, "n outputs"]:
         """Logits (or features) of images.
 
         Args:
           images: `(n, h, w, c)`, at least 16 pixels a side when max-pooled.
           num_reference: with norm "batch", take statistics from the first so many images only.
+          context: `(num_context,)`, scales and shifts the third block's maps before their ReLU,
+            `h -> (1 + W c) h + V c`: feature-wise linear modulation as in CAVIA (Zintgraf et al.
+            2019). Zeros change nothing. W and V have no biases, which would repeat the norm's.
 
         Returns:
           `(n, num_outputs)`, or `(n, features)` where `num_outputs` is None.
@@ -84,9 +92,13 @@ class Conv4(nn.Module):
             strides = (2, 2) if self.strided else (1, 1)
             x = Conv(self.num_filters, strides=strides, name=f"conv{block}")(x)
             x = self._normalise(x, num_reference, block)
-            x = nn.relu(x)
             if not self.strided:
                 x = max_pool_2x2(x)
+            if context is not None and block == _MODULATED_BLOCK:
+                modulation = nn.Dense(2 * self.num_filters, use_bias=False, name="film")(context)
+                scale, shift = jnp.split(modulation, 2)
+                x = (1 + scale) * x + shift
+            x = nn.relu(x)
         x = x.mean((1, 2)) if self.strided else x.reshape(len(x), -1)
         if self.num_outputs is None:
             return x
