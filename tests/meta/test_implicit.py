@@ -8,52 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from toy_tasks import KEY, example, net, one_task, plain_loss, regression
 
 from metagen_jax.gradients import gradients
 from metagen_jax.meta.implicit import implicit_maml_gradients, implicit_maml_predict
 from metagen_jax.meta.maml import maml_loss
-from metagen_jax.supervised import squared_error_loss
 from metagen_jax.types import Episode
 
 RATE = 0.05
 STRENGTH = 2.0
-KEY = jax.random.key(0)
 
 
 @pytest.fixture(autouse=True)
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-def net(params, x):
-    hidden = jnp.tanh(x @ params["body"]["kernel"] + params["body"]["bias"])
-    return hidden @ params["head"]["kernel"]
-
-
-regression = squared_error_loss(net)
-
-
-def plain_loss(params, batch):
-    return regression(params, batch, KEY)[0]
-
-
-def example(num_tasks=3):
-    rng = np.random.default_rng(0)
-    params = {
-        "body": {"kernel": rng.normal(size=(2, 4)), "bias": rng.normal(size=4)},
-        "head": {"kernel": rng.normal(size=(4, 1))},
-    }
-    tasks = Episode(
-        (rng.normal(size=(num_tasks, 3, 2)), rng.normal(size=(num_tasks, 3, 1))),
-        (rng.normal(size=(num_tasks, 5, 2)), rng.normal(size=(num_tasks, 5, 1))),
-    )
-    return jax.tree.map(jnp.asarray, (params, tasks))
-
-
-def one_task():
-    params, tasks = example(1)
-    return params, jax.tree.map(lambda x: x[0], tasks)
 
 
 def implicit(loss_fn=regression, *, num_steps=5, num_cg_steps=5, **options):
