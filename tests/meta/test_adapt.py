@@ -317,18 +317,3 @@ def test_refuses_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         adapt(gradients(loss_fn), params, support, KEY, **options)
     assert "\n" not in str(error.value)
-
-
-# What the table's rows are called with beyond a learning rate.
-ARGUMENTS = {
-    "adaptive_grad_clip": [0.1],
-    "add_decayed_weights": [0.1],
-    "clip": [0.1],
-    "clip_by_block_rms": [0.1],
-    "clip_by_global_norm": [0.1],
-    "ema": [0.9],
-    "scale_by_schedule": [optax.cosine_decay_schedule(1.0, 9)],
-    "trace": [0.9],
-}
-WITHOUT_ARGUMENTS = {"centralize", "normalize_by_update_norm", "scale_by_trust_ratio"}
-FIXED_OPTIONS = {"noisy_sgd": {"key": 0}, "sgd": {"momentum": 0.9, "nesterov": True}}

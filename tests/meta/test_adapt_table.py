@@ -17,6 +17,20 @@ from metagen_jax.types import Episode
 RATE = 0.05
 KEY = jax.random.key(0)
 
+# What the table's rows are called with beyond a learning rate.
+ARGUMENTS = {
+    "adaptive_grad_clip": [0.1],
+    "add_decayed_weights": [0.1],
+    "clip": [0.1],
+    "clip_by_block_rms": [0.1],
+    "clip_by_global_norm": [0.1],
+    "ema": [0.9],
+    "scale_by_schedule": [optax.cosine_decay_schedule(1.0, 9)],
+    "trace": [0.9],
+}
+WITHOUT_ARGUMENTS = {"centralize", "normalize_by_update_norm", "scale_by_trust_ratio"}
+FIXED_OPTIONS = {"noisy_sgd": {"key": 0}, "sgd": {"momentum": 0.9, "nesterov": True}}
+
 
 @pytest.fixture(autouse=True)
 def float64():
