@@ -1,6 +1,6 @@
 """Few-shot regression of sinusoids: MAML against a pretrained network and an oracle.
 
-    python -m experiments.sinusoid                       # 5 shots, one inner step, cosine rate
+    python -m experiments.sinusoid                       # 5 shots, two inner steps, cosine rate
     python -m experiments.sinusoid --preset published    # 10 shots, 70,000 steps, constant rate
 
 Finn et al. 2017, section 5.1. A task is a sinusoid of amplitude U[0.1, 5] and phase U[0, pi], seen
@@ -61,14 +61,14 @@ class Config:
     """Query points of a task, in training."""
     hidden_sizes: tuple[int, ...] = (40, 40)
     """Units of each hidden layer of the network; ReLU."""
-    inner_steps: int = 1
+    inner_steps: int = 2
     """Steps of the inner SGD, in training."""
     inner_rate: float = 0.01
     """Learning rate of the inner SGD, in training and at test."""
     every_step: bool = False
     """Train on the mean of the query errors after each inner step, or on that after the last."""
 
-    steps: int = 30_000
+    steps: int = 100_000
     """Outer steps, of each of the three networks."""
     num_tasks: int = 25
     """Tasks in an outer step."""
@@ -298,6 +298,8 @@ def draw(
         colour, style = styles[name]
         # The oracle does not adapt: one error for every number of steps.
         mean, interval = (np.resize(x, config.test_steps + 1) for x in curve[:2])
+        # Errors that diverged are infinite, and not drawn.
+        mean = np.where(np.isfinite(mean), mean, np.nan)
         steps = np.arange(config.test_steps + 1)
         left.plot(steps, mean, style, color=colour, label=labels[name], markersize=4)
         left.fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.25, lw=0)

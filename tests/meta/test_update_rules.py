@@ -168,7 +168,7 @@ def test_per_step_leaves_reach_the_inner_loop_of_a_learned_rule():
     inputs = (episode.support, episode.query[0], KEY)
     predict = update_rules.learned_rule_predict(loss_fn, answer, every_step=True, **rule)
     expected = maml_predict(loss_fn, answer, every_step=True, **sgd)(params, *inputs)
-    np.testing.assert_allclose(predict(meta, *inputs), expected)
+    np.testing.assert_allclose(predict(MetaParams(params, rates), *inputs), expected)
 
 
 def test_annealed_weights_by_hand():
