@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
+
+AnyArray = jax.Array | np.ndarray
+"""What a user may hand in where arrays are asked for: JAX's or NumPy's."""
 
 Params = PyTree
 """What is trained: any pytree of floating-point arrays."""

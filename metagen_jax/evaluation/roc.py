@@ -1,10 +1,9 @@
 """How well a score tells two classes apart, whatever the threshold and however rare one is."""
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-AnyArray = Array | np.ndarray
+from metagen_jax.types import AnyArray
 
 
 def roc_auc(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from metagen_jax.errors import UserError
 from metagen_jax.nets.convolution import Conv, max_pool_2x2
+from metagen_jax.types import AnyArray
 
 Norm = Literal["batch", "group", "layer", "none"]
 NUM_GROUPS = 8
@@ -65,7 +66,7 @@ class Conv4(nn.Module):
     @nn.compact
     def __call__(
         self,
-        images: Float[Array, "n h w c"],
+        images: Float[AnyArray, "n h w c"],
         num_reference: int | None = None,
         *,
         context: Float[Array, " context"] | None = None,
@@ -87,7 +88,7 @@ class Conv4(nn.Module):
             filters that the groups don't divide.
         """
         self._check(images.shape[1], images.shape[2])
-        x = images
+        x = jnp.asarray(images)
         for block in range(4):
             strides = (2, 2) if self.strided else (1, 1)
             x = Conv(self.num_filters, strides=strides, name=f"conv{block}")(x)

@@ -20,6 +20,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from metagen_jax.types import AnyArray
+
 
 def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
     """Zeros before and after an axis so that `ceil(size / stride)` windows fit ("SAME")."""
@@ -127,8 +129,8 @@ ad.defbilinear(
 
 
 def convolve(
-    images: Float[Array, "n h w c"],
-    kernel: Float[Array, "kh kw c f"],
+    images: Float[AnyArray, "n h w c"],
+    kernel: Float[AnyArray, "kh kw c f"],
     *,
     strides: tuple[int, int] = (1, 1),
 ) -> Float[Array, "n h2 w2 f"]:
@@ -161,7 +163,7 @@ class Conv(nn.Module):
     use_bias: bool = True
 
     @nn.compact
-    def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
+    def __call__(self, images: Float[AnyArray, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
         shape = (*self.kernel_size, images.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         outputs = convolve(images, kernel, strides=self.strides)

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
+
+from metagen_jax.types import AnyArray
 
 
 class MLP(nn.Module):
@@ -26,8 +29,9 @@ class MLP(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+    def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Outputs `(*batch, num_outputs)` for inputs `(*batch, inputs)`."""
+        x = jnp.asarray(x)
         for i, size in enumerate(self.hidden_sizes):
             x = self.activation(nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(x))
         if self.num_outputs is None:

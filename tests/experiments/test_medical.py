@@ -92,6 +92,7 @@ def test_a_net_of_another_kind_and_a_folder_without_a_run_are_refused(tmp_path):
         medical.load_pretrained(dataclasses.replace(TINY, checkpoint=tmp_path / "none"))
 
 
+@pytest.mark.slow
 def test_from_scratch_starts_from_another_random_net_for_each_key_and_descends():
     net = Conv4(2, num_filters=4)
     images = jax.random.uniform(KEY, (4, 16, 16, 1))

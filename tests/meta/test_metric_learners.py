@@ -171,6 +171,7 @@ def test_inputs_may_be_any_pytree_and_labels_numpy_s():
     assert_close(actual, plain(weights(), (inputs, labels), queries, KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_learns_an_embedding_that_ignores_what_classes_do_not_differ_in(method):
     """Two of ten inputs tell 5 classes apart, the others are noise of five times the spread.

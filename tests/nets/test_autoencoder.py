@@ -70,6 +70,7 @@ def test_decode_of_encode_is_the_reconstruction():
     np.testing.assert_allclose(decoded, net.apply(variables, images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_learns_to_reconstruct_better_than_the_mean_picture():
     """Pictures of two numbers each; the mean of all is the best that ignores its input."""
     codes = np.random.default_rng(0).uniform(size=(64, 2)).astype(np.float32)

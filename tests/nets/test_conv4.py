@@ -143,6 +143,7 @@ def test_images_after_the_reference_are_answered_one_by_one():
     assert np.abs(answer(queries, None) - transductive).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_second_order_step_with_max_pooling_is_exact_under_jit(monkeypatch):
     """In float64, where a pooling that XLA fuses wrongly gives NaN: the same with and without jit,
     and with `reduce_window`. Zeros after ReLU make ties in many blocks."""

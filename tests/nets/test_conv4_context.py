@@ -105,6 +105,7 @@ def test_images_after_the_reference_are_answered_one_by_one():
     np.testing.assert_allclose(answer(images[3:]), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapts_by_cavia():
     """The queries are the support set, so that adaptation must lower their loss in every task."""
     net, shared, _ = example(True)
