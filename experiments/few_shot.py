@@ -4,6 +4,7 @@
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR
     python -m experiments.few_shot --preset omniglot-20w1s --data-dir DIR
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --learner reptile
+    python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --labels umtra
 
 Meta-trains the four-block net on episodes of the training classes, keeps the
 checkpoint that is best on validation classes, and reports accuracy on `num_test_tasks` episodes of
@@ -15,27 +16,23 @@ folder: `result.json`, `learning_curve.png`, `episode.png`, `adaptation.png`, me
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
-import functools
-from dataclasses import replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-import rich.progress
+from jaxtyping import PyTree
 
 from experiments import few_shot_report, program
 from experiments.few_shot_config import PRESETS, Config, check, with_learner
-from experiments.few_shot_learners import LEARNERS, Learner, make_net
-from metagen_jax.data.classes import ClassSplit, LabelledImages, split_classes
-from metagen_jax.data.episodes import (
-    ClassData,
-    check_episodes,
-    group_by_class,
-    sample_batch,
-    sample_episode,
+from experiments.few_shot_data import (
+    load_splits,
+    normalise,
+    sampler,
+    to_class_data,
+    training_episodes,
 )
-from metagen_jax.data.sources import load_images
+from experiments.few_shot_learners import LEARNERS, Learner, make_net
+from metagen_jax.data.episodes import ClassData, sample_batch
 from metagen_jax.evaluation import few_shot
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.parallel import data_parallel, replicate
@@ -44,72 +41,12 @@ from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import Episode, Params, PRNGKey
 
 
-def load_splits(config: Config) -> ClassSplit:
-    """The images of training, validation and test classes, no class in two of them."""
-    load = functools.partial(
-        load_images, config.dataset, data_dir=config.data_dir, size=config.image_size
-    )
-    with rich.progress.Progress(transient=True) as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        if config.dataset == "glyphs":
-            return ClassSplit(*(load(part, progress=progress) for part in ClassSplit._fields))
-        if config.dataset == "omniglot":
-            parts = (f"{config.split}/{part}" for part in ClassSplit._fields)
-            return ClassSplit(*(load(part, progress=progress) for part in parts))
-        return split_classes(load("train", progress=progress))
-
-
-def to_class_data(config: Config, images: LabelledImages, *, train: bool = False) -> ClassData:
-    """The images on the device, sorted by class, checked to suffice for the episodes."""
-    data = group_by_class(images.images, images.labels)
-    check_episodes(
-        data,
-        num_ways=(train and config.train_ways) or config.num_ways,
-        num_shots=(train and config.train_shots) or config.num_shots,
-        num_queries=config.num_queries if train else max(config.test_queries),
-        num_rotations=config.rotations,
-    )
-    return data
-
-
-def normalise(images: jax.Array) -> jax.Array:
-    """Bytes to floats in [0, 1]; one channel is turned round, so that dark ink is near 1."""
-    scaled = images.astype(jnp.float32) / 255
-    return 1 - scaled if images.shape[-1] == 1 else scaled
-
-
-def sampler(config: Config, num_queries: int) -> few_shot.Sample:
-    """`sample(key, data) -> Episode` of normalised images."""
-
-    def sample(key: PRNGKey, data: ClassData) -> Episode:
-        episode = sample_episode(
-            key,
-            data,
-            num_ways=config.num_ways,
-            num_shots=config.num_shots,
-            num_queries=num_queries,
-            num_rotations=config.rotations,
-        )
-        return Episode(*((normalise(images), labels) for images, labels in episode))
-
-    return sample
-
-
 def meta_train(config: Config, learner: Learner, data: ClassData, val_data: ClassData) -> FitResult:
     """Meta-trains the net; the parameters that validate best are the result."""
-    train_episode = replace(
-        config,
-        num_ways=config.train_ways or config.num_ways,
-        num_shots=config.train_shots or config.num_shots,
-    )
-    sample = sampler(train_episode, config.num_queries)
+    episodes, sample = training_episodes(config, data)
     sample_val = sampler(config, config.test_queries[0])
 
-    def sample_tasks(key: PRNGKey, data: ClassData) -> Episode:
+    def sample_tasks(key: PRNGKey, data: PyTree) -> Episode:
         return jax.vmap(sample, in_axes=(0, None))(task_keys(key, config.num_tasks), data)
 
     def validate(params: Params) -> dict[str, float]:
@@ -130,11 +67,13 @@ def meta_train(config: Config, learner: Learner, data: ClassData, val_data: Clas
     params = learner.init(init_key, normalise(data.examples[:1]))
     devices = program.devices_for(config.num_devices, config.num_tasks)
     grad_fn = data_parallel(mean_over_tasks(learner.grad_fn, chunk=config.chunk), devices=devices)
-    state, data = replicate((init_state(params, optimizer, train_key), data), devices=devices)
+    state, episodes = replicate(
+        (init_state(params, optimizer, train_key), episodes), devices=devices
+    )
     return fit(
         train_step(grad_fn, optimizer, sample_tasks, schedule=learner.schedule),
         state,
-        data,
+        episodes,
         num_steps=config.steps,
         run_dir=config.run_dir,
         tasks_per_step=config.num_tasks,

@@ -32,16 +32,21 @@ METRIC_LEARNERS = ("prototypical", "matching", "matching_fce", "proto_maml")
 @dataclass(frozen=True)
 class Config:
     dataset: str = "glyphs"
-    """"glyphs" (embedded), "omniglot", or any TFDS image set with labels."""
+    """"glyphs" (embedded), "omniglot", "cifar_fs" (TFDS's cifar100), "mini_imagenet" (a folder of
+    pictures), or any TFDS image set with labels."""
     split: str = "vinyals"
     """Class lists of Omniglot: "vinyals", "lake" or "random1200"."""
     data_dir: Path | None = None
-    """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
+    """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default. For
+    mini_imagenet the folder with a folder of pictures for each class."""
     image_size: int = 28
     """Height and width of the images, in pixels."""
     rotations: Literal[1, 4] = 4
     """4: characters turned by 90, 180 and 270 degrees are classes of their own; 1: as they are."""
 
+    labels: Literal["true", "umtra", "cactus"] = "true"
+    """Of training: those of the data, or none; then "umtra" takes each picture for a class, and
+    "cactus" the clusters of an autoencoder. Validation and test always have labels."""
     learner: LearnerName = "maml"
     """What meta-trains; it brings settings of its own, over which the flags win."""
     num_ways: int = 5
@@ -160,6 +165,33 @@ PRESETS = {
     ),
 }
 
+# Published for miniImageNet: 5 inner steps at 0.01, 10 at test, 4 or 2 tasks, 60,000 steps.
+_MINI_IMAGENET = Config(
+    dataset="mini_imagenet",
+    image_size=84,
+    rotations=1,
+    num_queries=15,
+    inner_rate=0.01,
+    inner_steps=5,
+    num_filters=32,
+    strided=False,
+    num_tasks=4,
+    steps=60_000,
+    outer_rate=1e-3,
+    cosine=False,
+    validate_every=1000,
+    pretraining_steps=10_000,
+    test_steps=10,
+)
+_CIFAR_FS = replace(_MINI_IMAGENET, dataset="cifar_fs", image_size=32)
+
+PRESETS |= {
+    "cifar-fs-5w1s": _CIFAR_FS,
+    "cifar-fs-5w5s": replace(_CIFAR_FS, num_shots=5, num_tasks=2),
+    "mini-imagenet-5w1s": _MINI_IMAGENET,
+    "mini-imagenet-5w5s": replace(_MINI_IMAGENET, num_shots=5, num_tasks=2),
+}
+
 # Over a preset's settings: what the learner is, whatever the data.
 _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
     "reptile": {
@@ -172,23 +204,35 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "num_tasks": 4,
         "test_steps": 50,
     },
-    "imaml": {"inner_rate": 0.1, "inner_steps": 16, "test_steps": 16},
+    "imaml": {"inner_rate": 0.1, "inner_steps": 16, "test_steps": 16, "num_tasks": 16},
     "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
-    "prototypical": {"train_ways": 60, "num_queries": 5, "num_tasks": 1, "strided": False},
-    "matching": {"num_tasks": 8, "num_queries": 5, "strided": False},
-    "matching_fce": {"num_tasks": 8, "num_queries": 5, "strided": False},
+    "prototypical": {"train_ways": 60, "num_queries": 5, "num_tasks": 2},
+    "matching": {"num_tasks": 8, "num_queries": 5},
+    "matching_fce": {"num_tasks": 8, "num_queries": 5},
     "proto_maml": {"inner_rate": 0.1},
+}
+
+# Outer steps on Omniglot that 2 cores take in less than 20 minutes, 60 for MAML++.
+_OMNIGLOT_STEPS: dict[LearnerName, int] = {
+    "reptile": 24_000,
+    "imaml": 2500,
+    "prototypical": 3000,
+    "matching": 8000,
+    "matching_fce": 8000,
 }
 
 
 def with_learner(preset: Config, given: Config) -> Config:
-    """A preset with the settings that the learner of the command line brings."""
-    if given.learner == preset.learner:
-        return preset
-    settings = {"baselines": False} | _BY_LEARNER.get(given.learner, {})
-    run_dir = preset.run_dir.with_name(f"{preset.run_dir.name}-{given.learner}")
-    return replace(preset, learner=given.learner, run_dir=run_dir, **settings)
+    """A preset with the settings that the learner and the labels of the command line bring."""
+    kinds = {"learner": given.learner, "labels": given.labels}
+    changed = {name: kind for name, kind in kinds.items() if kind != getattr(preset, name)}
+    settings = dict(_BY_LEARNER.get(given.learner, {})) if "learner" in changed else {}
+    if preset.dataset == "omniglot" and given.learner in _OMNIGLOT_STEPS:
+        settings["steps"] = _OMNIGLOT_STEPS[given.learner]
+    run_dir = preset.run_dir.with_name("-".join((preset.run_dir.name, *changed.values())))
+    baselines = preset.baselines and not changed
+    return replace(preset, **settings, **changed, run_dir=run_dir, baselines=baselines)
 
 
 def check(config: Config) -> None:
@@ -211,6 +255,11 @@ def check(config: Config) -> None:
             or config.learner in METRIC_LEARNERS,
             f"train_ways is {config.train_ways}; {config.learner} has a head for {config.num_ways} "
             f"classes, only {', '.join(METRIC_LEARNERS)} train with other ways",
+        ),
+        (
+            config.labels != "umtra" or (config.train_shots or config.num_shots) == 1,
+            f"train_shots is {config.train_shots or config.num_shots}; umtra knows one picture of "
+            "each class: give train_shots 1",
         ),
         (
             min(config.num_test_tasks, config.num_validation_tasks) >= 2,

@@ -174,31 +174,31 @@ def maml_plus_plus(config: Config) -> Learner:
     ) -> tuple[Params, Metrics]:
         episode, values = batch
 
-        def gradient(order):
+        def phase(gradient, weights):
             return gradients(
                 update_rules.learned_rule_loss(
                     loss_fn,
                     num_steps=config.inner_steps,
-                    query_loss_weights=values["weights"],
-                    gradient=order,
+                    query_loss_weights=weights,
+                    gradient=gradient,
                     **options,
                 )
             )
 
-        return jax.lax.cond(
-            values["second_order"],
-            gradient("reverse"),
-            gradient("first_order"),
-            params,
-            episode,
-            key,
-        )
+        # Once all weight is on the last step the queries need not be answered after the others.
+        phases = [
+            phase("first_order", values["weights"]),
+            phase("first_order", None),
+            phase("reverse", None),
+        ]
+        return jax.lax.switch(values["phase"], phases, params, episode, key)
 
     def schedule(step: Array) -> PyTree:
+        begins = jnp.array([max(1, config.steps // 10), max(2, config.steps // 3)])
         weights = update_rules.annealed_weights(
             step, num_inner_steps=config.inner_steps, anneal_steps=max(1, config.steps // 10)
         )
-        return {"weights": weights, "second_order": step >= config.steps // 3}
+        return {"weights": weights, "phase": (step >= begins).sum()}
 
     predict = update_rules.learned_rule_predict(
         loss_fn, both_modes(net.apply), num_steps=config.test_steps, every_step=True, **options

@@ -44,7 +44,8 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
     Tasks are vmapped within a chunk and chunks follow one another in a scan that carries the sum
     of gradients, so that memory grows with `chunk` and not with the number of tasks. The result is
     the same for every `chunk` up to the order of summation. On a CPU small chunks are fastest,
-    on accelerators the largest that fits.
+    on accelerators the largest that fits. A chunk of one task is not vmapped: of a `lax.cond` in
+    `grad_fn` only the branch that is taken costs time.
 
     Args:
       grad_fn: `(params, task, key) -> (direction, metrics)` for one task.
@@ -73,7 +74,12 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
         at_once = jax.vmap(grad_fn, in_axes=(None, 0, 0))
 
         def sum_over(tasks):
-            return jax.tree.map(lambda x: x.sum(axis=0), at_once(params, *tasks))
+            if len(tasks[1]) == 1:
+                one = grad_fn(params, *jax.tree.map(lambda x: x[0], tasks))
+                results = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
+            else:
+                results = at_once(params, *tasks)
+            return jax.tree.map(lambda x: x.sum(axis=0), results)
 
         tasks = (batch, keys)
         size = num_tasks if chunk is None else min(chunk, num_tasks)

@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# Most of a test's time is compilation, and half of that optimises what then runs for milliseconds.
+# Read when JAX is imported, by programs that tests start as well; 0 tests what users run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 import jax
 import pytest
 from jaxtyping import config, install_import_hook

@@ -137,3 +137,22 @@ def test_refuses_another_number_of_keys_than_tasks(chunk, num_keys):
         mean_over_tasks(gradients(noisy_loss), chunk=chunk)(
             params, tasks, jax.random.split(KEY, num_keys)
         )
+
+
+def test_one_task_at_a_time_takes_one_branch_of_a_condition():
+    calls = []
+
+    def loss_fn(params, task, key):
+        def branch(name):
+            def value(x):
+                jax.debug.callback(lambda: calls.append(name))
+                return jnp.sum(x)
+
+            return value
+
+        return jax.lax.cond(task > 0, branch("positive"), branch("other"), params * task), {}
+
+    grad_fn = jax.jit(mean_over_tasks(gradients(loss_fn), chunk=1))
+    jax.block_until_ready(grad_fn(jnp.ones(2), jnp.array([1.0, -1.0, 2.0]), KEY))
+    jax.effects_barrier()
+    assert sorted(calls) == ["other", "positive", "positive"]

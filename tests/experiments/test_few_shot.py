@@ -2,11 +2,12 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import few_shot, program
+from experiments import few_shot, few_shot_data, program
 from metagen_jax.data.classes import ClassSplit, LabelledImages
 from metagen_jax.errors import UserError
 
@@ -99,7 +100,7 @@ def test_a_learner_brings_its_settings_and_a_folder_of_its_own_and_flags_win_ove
 
     reptile = parse("--preset", "omniglot-5w1s", "--learner", "reptile", "--inner-steps", "7")
     assert (reptile.inner_rate, reptile.inner_steps, reptile.outer_optimizer) == (1e-3, 7, "sgd")
-    assert reptile.steps == few_shot.PRESETS["omniglot-5w1s"].steps
+    assert reptile.num_queries == few_shot.PRESETS["omniglot-5w1s"].num_queries
     assert str(reptile.run_dir) == "runs/few_shot-omniglot-5w1s-reptile"
     assert not reptile.baselines
     assert parse("--preset", "smoke", "--learner", "maml").baselines
@@ -109,3 +110,47 @@ def test_other_ways_in_training_are_refused_where_a_head_has_a_fixed_number():
     with pytest.raises(UserError, match="train_ways is 20; maml has a head for 5 classes"):
         few_shot.check(dataclasses.replace(SMOKE, train_ways=20))
     few_shot.check(dataclasses.replace(SMOKE, train_ways=20, learner="prototypical"))
+
+
+@pytest.mark.parametrize("labels", ["umtra", "cactus"])
+def test_training_without_labels_draws_episodes_of_the_shape_asked(tmp_path, labels):
+    config = dataclasses.replace(
+        SMOKE, labels=labels, num_queries=2, image_size=8, run_dir=tmp_path, pretraining_steps=3
+    )
+    images = few_shot.to_class_data(config, colour_splits(None).train, train=True)
+    data, sample = few_shot.training_episodes(config, images)
+    episode = sample(jax.random.key(0), data)
+    assert episode.support[0].shape == (5, 8, 8, 3)
+    assert episode.query[0].shape == (10, 8, 8, 3)
+    np.testing.assert_array_equal(episode.query[1], np.repeat(np.arange(5), 2))
+    again = sample(jax.random.key(1), data)
+    assert not np.array_equal(episode.support[0], again.support[0])
+
+
+def test_labels_bring_a_folder_of_their_own_and_umtra_knows_one_shot():
+    def parse(*argv):
+        return program.parse(
+            "few_shot", few_shot.PRESETS, default="glyphs", vary=few_shot.with_learner, argv=argv
+        )
+
+    config = parse("--preset", "omniglot-5w1s", "--learner", "prototypical", "--labels", "cactus")
+    assert str(config.run_dir) == "runs/few_shot-omniglot-5w1s-prototypical-cactus"
+    assert config.train_ways == 60
+    assert not config.baselines
+    with pytest.raises(UserError, match="umtra knows one picture of each class"):
+        few_shot.check(dataclasses.replace(SMOKE, labels="umtra", num_shots=5))
+
+
+@pytest.mark.parametrize("dataset", ["cifar_fs", "mini_imagenet"])
+def test_presets_of_the_colour_sets_load_their_class_lists(monkeypatch, dataset):
+    asked = []
+
+    def load(split, **options):
+        asked.append((split, options.get("size")))
+        return split
+
+    monkeypatch.setattr(few_shot_data, f"load_{dataset}", load)
+    preset = few_shot.PRESETS[f"{dataset.replace('_', '-')}-5w5s"]
+    assert few_shot.load_splits(preset) == ClassSplit("train", "val", "test")
+    size = {"cifar_fs": None, "mini_imagenet": 84}[dataset]
+    assert asked == [(part, size) for part in ClassSplit._fields]

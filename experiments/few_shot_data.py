@@ -1,0 +1,181 @@
+"""The episodes of `experiments.few_shot`: of labelled images, or made up from unlabelled ones."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import optax
+import rich.progress
+from jaxtyping import Array, Num, PyTree
+
+from experiments.few_shot_config import Config
+from metagen_jax.data.augment import random_affine
+from metagen_jax.data.classes import ClassSplit, LabelledImages, split_classes
+from metagen_jax.data.colour_sets import load_cifar_fs, load_mini_imagenet
+from metagen_jax.data.episodes import (
+    ClassData,
+    check_episodes,
+    group_by_class,
+    sample_batch,
+    sample_episode,
+)
+from metagen_jax.data.sources import load_images
+from metagen_jax.data.unsupervised import (
+    cluster_classes,
+    sample_cluster_episode,
+    umtra_episode,
+    whiten,
+)
+from metagen_jax.evaluation.few_shot import Sample
+from metagen_jax.gradients import gradients
+from metagen_jax.nets.autoencoder import Autoencoder
+from metagen_jax.supervised import squared_error_loss
+from metagen_jax.training import fit, init_state, train_step
+from metagen_jax.types import Episode, PRNGKey
+
+# Of CACTUs: partitions and clusters of the embedding, and images embedded at once.
+NUM_PARTITIONS, NUM_CLUSTERS, BLOCK = 10, 500, 1000
+
+
+def load_splits(config: Config) -> ClassSplit:
+    """The images of training, validation and test classes, no class in two of them."""
+    parts = ClassSplit._fields
+    with rich.progress.Progress(transient=True) as bar:
+        task = bar.add_task(f"decoding {config.dataset}", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        if config.dataset == "cifar_fs":
+            load: Callable = functools.partial(load_cifar_fs, data_dir=config.data_dir)
+        elif config.dataset == "mini_imagenet":
+            folder = config.data_dir or "mini_imagenet"
+            load = functools.partial(load_mini_imagenet, folder=folder, size=config.image_size)
+        else:
+            load = functools.partial(
+                load_images, config.dataset, data_dir=config.data_dir, size=config.image_size
+            )
+        if config.dataset == "omniglot":
+            parts = tuple(f"{config.split}/{part}" for part in parts)
+        elif config.dataset not in ("glyphs", "cifar_fs", "mini_imagenet"):
+            return split_classes(load("train", progress=progress))
+        return ClassSplit(*(load(part, progress=progress) for part in parts))
+
+
+def to_class_data(config: Config, images: LabelledImages, *, train: bool = False) -> ClassData:
+    """The images on the device, sorted by class, checked to suffice for the episodes."""
+    data = group_by_class(images.images, images.labels)
+    if train and config.labels != "true":
+        return data
+    check_episodes(
+        data,
+        num_ways=(train and config.train_ways) or config.num_ways,
+        num_shots=(train and config.train_shots) or config.num_shots,
+        num_queries=config.num_queries if train else max(config.test_queries),
+        num_rotations=config.rotations,
+    )
+    return data
+
+
+def normalise(images: Num[Array, "*shape"]) -> Array:
+    """Bytes to floats in [0, 1]; one channel is turned round, so that dark ink is near 1."""
+    scaled = images.astype(jnp.float32) / 255
+    return 1 - scaled if images.shape[-1] == 1 else scaled
+
+
+def sampler(config: Config, num_queries: int) -> Sample:
+    """`sample(key, data) -> Episode` of normalised images of labelled classes."""
+    return _normalised(
+        functools.partial(
+            sample_episode,
+            num_ways=config.num_ways,
+            num_shots=config.num_shots,
+            num_queries=num_queries,
+            num_rotations=config.rotations,
+        )
+    )
+
+
+def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
+    """What training draws from, and `sample(key, that) -> Episode`.
+
+    Without labels, by UMTRA or CACTUs, every quarter turn of an image is an image too, as with
+    labels every turned class is a class.
+    """
+    train = replace(
+        config,
+        num_ways=config.train_ways or config.num_ways,
+        num_shots=config.train_shots or config.num_shots,
+    )
+    if config.labels == "true":
+        return data, sampler(train, config.num_queries)
+    turns = [jnp.rot90(data.examples, k, (1, 2)) for k in range(config.rotations)]
+    images = jnp.concatenate(turns)
+    if config.labels == "umtra":
+        background = 255.0 if images.shape[-1] == 1 else 0.0
+        augment = functools.partial(
+            random_affine,
+            max_rotation=0.35,
+            max_shear=0.35,
+            max_log_scale=0.25,
+            max_shift=0.12 * config.image_size,
+            background=background,
+        )
+        return images, _normalised(
+            functools.partial(
+                umtra_episode,
+                num_ways=train.num_ways,
+                num_queries=config.num_queries,
+                augment=augment,
+            )
+        )
+    clusters = cluster_classes(
+        jax.random.key(config.seed),
+        images,
+        whiten(embed(config, images)),
+        num_partitions=NUM_PARTITIONS,
+        num_clusters=min(NUM_CLUSTERS, len(images) // 20),
+        min_size=train.num_shots + config.num_queries,
+    )
+    return clusters, _normalised(
+        functools.partial(
+            sample_cluster_episode,
+            num_ways=train.num_ways,
+            num_shots=train.num_shots,
+            num_queries=config.num_queries,
+        )
+    )
+
+
+def embed(config: Config, images: Num[Array, "n h w c"]) -> Array:
+    """Embeddings of images by an autoencoder, which is trained on them first."""
+    net = Autoencoder(images.shape[1:])
+
+    def sample(key: PRNGKey, data: ClassData) -> tuple[Array, Array]:
+        batch, _ = sample_batch(key, data, batch_size=128)
+        return normalise(batch), normalise(batch)
+
+    print("training an autoencoder, whose clusters of images stand for classes")
+    optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, config.pretraining_steps))
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    params = fit(
+        train_step(gradients(squared_error_loss(net.apply)), optimizer, sample),
+        init_state(net.init(init_key, normalise(images[:1])), optimizer, train_key),
+        ClassData(images, jnp.zeros(1, jnp.int32), jnp.array([len(images)])),
+        num_steps=config.pretraining_steps,
+        run_dir=config.run_dir / "autoencoder",
+        resume=config.resume,
+    ).best_params
+    encode = jax.jit(lambda block: net.apply(params, normalise(block), method="encode"))
+    blocks = [encode(images[start : start + BLOCK]) for start in range(0, len(images), BLOCK)]
+    return jnp.concatenate(blocks)
+
+
+def _normalised(sample: Callable[[PRNGKey, PyTree], Episode]) -> Sample:
+    def sample_normalised(key: PRNGKey, data: PyTree) -> Episode:
+        episode = sample(key, data)
+        return Episode(*((normalise(images), labels) for images, labels in episode))
+
+    return sample_normalised
