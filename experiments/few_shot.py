@@ -41,10 +41,15 @@ from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import Episode, Params, PRNGKey
 
 
-def meta_train(config: Config, learner: Learner, data: ClassData, val_data: ClassData) -> FitResult:
+def meta_train(
+    config: Config,
+    learner: Learner,
+    data: ClassData,
+    val_data: ClassData,
+    sample_val: few_shot.Sample,
+) -> FitResult:
     """Meta-trains the net; the parameters that validate best are the result."""
     episodes, sample = training_episodes(config, data)
-    sample_val = sampler(config, config.test_queries[0])
 
     def sample_tasks(key: PRNGKey, data: PyTree) -> Episode:
         return jax.vmap(sample, in_axes=(0, None))(task_keys(key, config.num_tasks), data)
@@ -121,10 +126,13 @@ def main(config: Config) -> dict[str, Any]:
     train = to_class_data(config, splits.train, train=True)
     val, test = (to_class_data(config, images) for images in (splits.val, splits.test))
     describe = " / ".join(str(len(part.sizes) * config.rotations) for part in (train, val, test))
-    print(f"{config.dataset}: {describe} classes for training / validation / test")
+    turned = ", quarter turns being classes of their own" if config.rotations > 1 else ""
+    print(f"{config.dataset}: {describe} classes for training / validation / test{turned}")
     print(f"meta-training by {config.learner}")
     learner = LEARNERS[config.learner](config)
-    result = meta_train(config, learner, train, val)
+    # The same objects in validation and test, which then share compiled programs.
+    samplers = {num_queries: sampler(config, num_queries) for num_queries in config.test_queries}
+    result = meta_train(config, learner, train, val, samplers[config.test_queries[0]])
     pretrained = None
     if config.baselines:
         print("pretraining a classifier of all training classes, to fine-tune as a baseline")
@@ -144,9 +152,10 @@ def main(config: Config) -> dict[str, Any]:
             pretrained=pretrained,
             apply=make_net(config, config.num_ways).apply,
         ),
-        {num_queries: sampler(config, num_queries) for num_queries in config.test_queries},
+        samplers,
         val,
         test,
+        what=f"{config.dataset}, {config.num_ways}-way {config.num_shots}-shot",
         num_ways=config.num_ways,
         num_tasks=config.num_test_tasks,
         chunk=config.chunk,

@@ -94,8 +94,9 @@ class Config:
     """Outer steps between validations."""
     num_validation_tasks: int = 300
     """Episodes of a validation."""
-    pretraining_steps: int = 1000
-    """Steps of the pretrained baseline, 128 images each."""
+    pretraining_steps: int = 3000
+    """Steps of 128 images, of the pretrained baseline and of the autoencoder behind "cactus"; for
+    "glyphs" as many images as the meta-learner sees."""
     baselines: bool = True
     """Pretrain and fine-tune too; that is the same for every learner."""
 
@@ -255,6 +256,11 @@ def check(config: Config) -> None:
             or config.learner in METRIC_LEARNERS,
             f"train_ways is {config.train_ways}; {config.learner} has a head for {config.num_ways} "
             f"classes, only {', '.join(METRIC_LEARNERS)} train with other ways",
+        ),
+        (
+            config.split == "vinyals" or config.dataset.partition(":")[0] == "omniglot",
+            f"split is {config.split} and dataset {config.dataset}; only omniglot has several "
+            "class lists: leave --split out",
         ),
         (
             config.labels != "umtra" or (config.train_shots or config.num_shots) == 1,

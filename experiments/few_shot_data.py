@@ -57,7 +57,7 @@ def load_splits(config: Config) -> ClassSplit:
             load = functools.partial(
                 load_images, config.dataset, data_dir=config.data_dir, size=config.image_size
             )
-        if config.dataset == "omniglot":
+        if config.dataset.partition(":")[0] == "omniglot":
             parts = tuple(f"{config.split}/{part}" for part in parts)
         elif config.dataset not in ("glyphs", "cifar_fs", "mini_imagenet"):
             return split_classes(load("train", progress=progress))

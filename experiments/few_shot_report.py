@@ -57,6 +57,7 @@ def report(
     val_data: ClassData,
     test_data: ClassData,
     *,
+    what: str,
     num_ways: int,
     num_tasks: int,
     chunk: int,
@@ -70,6 +71,7 @@ def report(
       samplers: of episodes, by their queries a class; the first gives the plainly named numbers.
       val_data: classes on which steps and rates are chosen.
       test_data: classes of the test.
+      what: data, ways and shots, for the titles of the pictures.
       num_ways: classes of an episode.
       num_tasks: episodes of the test.
       chunk: how many episodes a device works on at once.
@@ -104,34 +106,50 @@ def report(
             data=val_data,
             key=jax.random.key(VALIDATION_SEED),
             rates=FINE_TUNING_RATES,
-            num_tasks=min(100, num_tasks),
+            num_tasks=few,
             **schedule,
         )
         others = {"nearest_neighbour": _nearest_neighbour(evaluate, test_data, num_ways)}
         if subject.pretrained is not None:
-            others["fine_tuned"] = _fine_tuned(subject, evaluate, choose, test_data, num_ways)
+            others["fine_tuned"], chosen = _fine_tuned(
+                subject, evaluate, choose, test_data, num_ways
+            )
+            numbers[f"fine_tuned_steps{suffix}"] = chosen.num_steps
+            numbers[f"fine_tuned_rate{suffix}"] = chosen.rate
         title = f"{num_tasks} episodes of unseen classes, {num_queries} queries a class"
         shown = [row for step, row in enumerate(rows) if _is_shown(step, best, len(rows))]
-        _print_table(title, [*shown, *others.values()], bold=rows[best])
+        _print_table(title, [*shown, *others.values()], chosen=rows[best])
+        numbers[f"queries_per_class{suffix}"] = num_queries
         numbers[f"adaptation_steps{suffix}"] = best
-        found = {"test": rows[best], "before_adaptation": rows[0], **others}
+        found = {f"after_{row.steps}_steps": row for row in shown[1:]}
+        found |= {"test": rows[best], "before_adaptation": rows[0], **others}
         for name, row in found.items():
             numbers |= _numbers(name, row, suffix)
         if not suffix:
             curves = {f"{subject.name}, {mode}": learner[mode] for mode in MODES}
-            curves |= {row.method: row.accuracies["transductive"] for row in others.values()}
+            curves |= {
+                f"{row.method}, transductive": row.accuracies["transductive"]
+                for row in others.values()
+            }
             _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
-            plots.plot_adaptation(curves, run_dir / "adaptation.png", chance=1 / num_ways)
+            path = run_dir / "adaptation.png"
+            plots.plot_adaptation(curves, path, title=f"{what}: {title}", chance=1 / num_ways)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    plots.plot_learning_curve(map(json.loads, lines), run_dir / "learning_curve.png")
+    plots.plot_learning_curve(
+        map(json.loads, lines),
+        run_dir / "learning_curve.png",
+        title=f"{what}: meta-training by {subject.name}",
+        loss_label="Loss (nats)",
+        accuracy_label="Accuracy (%); of validation transductive, at the best step",
+    )
     print(f"pictures are in {run_dir}: learning_curve.png, adaptation.png, episode.png")
     return numbers
 
 
 def _fine_tuned(
     subject: Subject, evaluate: Callable, choose: Callable, test_data: ClassData, num_ways: int
-) -> Row:
-    """The pretrained classifier, fine-tuned as it does best on validation classes."""
+) -> tuple[Row, baselines.FineTuning]:
+    """The pretrained classifier, fine-tuned as it does best on validation classes, and how."""
     fine_tune = baselines.fine_tune_predict(
         cross_entropy_loss(subject.apply),
         both_modes(subject.apply),
@@ -142,7 +160,8 @@ def _fine_tuned(
     chosen = choose(fine_tune, subject.pretrained)["transductive"]
     params = MetaParams(subject.pretrained, jnp.float32(chosen.rate))
     tuned = _at_step(evaluate(fine_tune, params, test_data, TEST_SEED), chosen.num_steps)
-    return Row("pretrained, fine-tuned", f"{chosen.num_steps} of {chosen.rate:g}", tuned)
+    steps = f"{chosen.num_steps} (rate {chosen.rate:g})"
+    return Row("pretrained, fine-tuned", steps, tuned), chosen
 
 
 def _nearest_neighbour(evaluate: Callable, test_data: ClassData, num_ways: int) -> Row:
@@ -170,11 +189,11 @@ def _numbers(name: str, row: Row, suffix: str) -> dict[str, float]:
     return numbers
 
 
-def _print_table(title: str, rows: list[Row], *, bold: Row) -> None:
+def _print_table(title: str, rows: list[Row], *, chosen: Row) -> None:
     table = rich.table.Table(
         title=f"Accuracy on {title}",
         caption="mean ± 95 % interval; transductive: queries normalised together; inductive: each "
-        "by itself; bold: the number of steps that validated best",
+        "by itself; *: the number of steps that validated best",
     )
     table.add_column("method")
     table.add_column("steps on the support set")
@@ -182,7 +201,10 @@ def _print_table(title: str, rows: list[Row], *, bold: Row) -> None:
         table.add_column(mode, justify="right")
     for row in rows:
         cells = [percent(row.accuracies[mode]) for mode in MODES]
-        table.add_row(row.method, row.steps, *cells, style="bold" if row is bold else None)
+        if row is chosen:
+            table.add_row(row.method, f"{row.steps} *", *cells, style="bold")
+        else:
+            table.add_row(row.method, row.steps, *cells)
     rich.console.Console(width=100).print(table)
 
 

@@ -13,6 +13,7 @@ from metagen_jax.data.episodes import group_by_class, sample_episode
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss
+from metagen_jax.nets.conv4 import Conv4
 from metagen_jax.parallel import data_parallel, map_over_tasks, replicate
 from metagen_jax.supervised import cross_entropy_loss, squared_error_loss
 from metagen_jax.training import init_state, train_step
@@ -175,17 +176,21 @@ def count_elements(shape):
     return int(np.prod(shape, dtype=int))
 
 
-def compiled_train_step(num_tasks, num_devices):
+def compiled_train_step(num_tasks, num_devices, *, conv4=False):
     """Sampling, second-order MAML and Adam, as they are compiled; and the number of parameters."""
-    examples = jax.random.normal(jax.random.key(0), (30, 7))
+    shape = (30, 4, 4, 1) if conv4 else (30, 7)
+    examples = jax.random.normal(jax.random.key(0), shape)
     data = group_by_class(examples, np.repeat(np.arange(6), 5))
-    params = mlp_params(jax.random.key(1), (7, 5, 3))
+    net = Conv4(3, num_filters=2)
+    apply = net.apply if conv4 else mlp
+    params_key = jax.random.key(1)
+    params = net.init(params_key, examples) if conv4 else mlp_params(params_key, (7, 5, 3))
 
     def sample(key, data):
         draw = functools.partial(sample_episode, num_ways=3, num_shots=1, num_queries=2)
         return jax.vmap(draw, in_axes=(0, None))(task_keys(key, num_tasks), data)
 
-    loss_fn = maml_loss(cross_entropy_loss(mlp), inner_optimizer=optax.sgd(0.1), num_steps=2)
+    loss_fn = maml_loss(cross_entropy_loss(apply), inner_optimizer=optax.sgd(0.1), num_steps=2)
     devices = cpus(num_devices)
     grad_fn = data_parallel(mean_over_tasks(gradients(loss_fn), chunk=1), devices=devices)
     optimizer = optax.adam(1e-3)
@@ -197,8 +202,9 @@ def compiled_train_step(num_tasks, num_devices):
     return hlo, sum(x.size for x in jax.tree.leaves(params))
 
 
-def test_the_only_collective_of_a_train_step_averages_gradients_and_metrics():
-    hlo, num_params = compiled_train_step(NUM_TASKS, num_devices=8)
+@pytest.mark.parametrize("conv4", [False, True])
+def test_the_only_collective_of_a_train_step_averages_gradients_and_metrics(conv4):
+    hlo, num_params = compiled_train_step(NUM_TASKS, num_devices=8, conv4=conv4)
     assert collectives(hlo) == [("all-reduce", num_params + len(["loss", "accuracy"]))]
 
 

@@ -19,4 +19,9 @@ def test_the_example_of_composition_trains_and_its_result_adapts_to_new_arrays()
     names |= {"images": images, "labels": np.arange(5), "new_images": images[:3]}
     exec(deployment, names)
     assert names["predictions"].shape == (3,)
+    logits = [
+        names["predict"](names["adapted"], (images, names["labels"]), new)
+        for new in (images[:3], images[:1])
+    ]
+    np.testing.assert_allclose(logits[0][:1], logits[1], rtol=1e-4, atol=1e-4)
     assert np.isfinite(names["result"].state.params["params"]["head"]["kernel"]).all()

@@ -58,20 +58,36 @@ def group_by_class(examples: PyTree, labels: Int[np.ndarray, " n"]) -> ClassData
 def check_episodes(
     data: ClassData, *, num_ways: int, num_shots: int, num_queries: int, num_rotations: int = 1
 ) -> None:
-    """Raises a UserError if the data cannot give such episodes; `sample_episode` can't look."""
-    if num_rotations not in (1, 4):
-        raise UserError(f"num_rotations is {num_rotations}; give 1, or 4 for quarter turns")
-    num_classes = len(data.sizes) * num_rotations
-    if num_classes < num_ways:
-        raise UserError(
-            f"{num_ways}-way episodes need {num_ways} classes and the data has {num_classes}; "
-            "lower num_ways or give more classes"
-        )
+    """Raises a UserError if the data cannot give such episodes.
+
+    `sample_episode` itself sees how many classes there are, but not how large they are: sizes are
+    values on the device.
+    """
+    _check_counts(data, num_ways, num_shots, num_queries, num_rotations)
     needed, smallest = num_shots + num_queries, int(data.sizes.min())
     if smallest < needed:
         raise UserError(
             f"{num_shots} shots and {num_queries} queries need {needed} examples of each class and "
             f"the smallest class has {smallest}; lower num_shots or num_queries, or drop the class"
+        )
+
+
+def _check_counts(
+    data: ClassData, num_ways: int, num_shots: int, num_queries: int, num_rotations: int
+) -> None:
+    if num_rotations not in (1, 4):
+        raise UserError(f"num_rotations is {num_rotations}; give 1, or 4 for quarter turns")
+    if num_ways < 1 or min(num_shots, num_queries) < 0:
+        raise UserError(
+            f"num_ways is {num_ways}, num_shots {num_shots} and num_queries {num_queries}; give 1 "
+            "way or more, and no negative number of examples"
+        )
+    num_classes = len(data.sizes) * num_rotations
+    if num_classes < num_ways:
+        turned = " with their quarter turns" if num_rotations > 1 else ""
+        raise UserError(
+            f"{num_ways}-way episodes need {num_ways} classes and the data has {num_classes}"
+            f"{turned}; lower num_ways or give more classes"
         )
 
 
@@ -101,7 +117,12 @@ def sample_episode(
     Returns:
       `Episode((examples, labels), (examples, labels))` with `N * K` and `N * Q` examples, class by
       class, of the dtype of the data, and int32 labels.
+
+    Raises:
+      UserError: there are too few classes, or a count is out of range. Classes of too few examples
+        are not noticed here: their episodes would have examples of the next class.
     """
+    _check_counts(data, num_ways, num_shots, num_queries, num_rotations)
     class_key, example_key = jax.random.split(key)
     drawn = sample_distinct(class_key, len(data.sizes) * num_rotations, num_ways)
     classes, turns = drawn // num_rotations, drawn % num_rotations

@@ -18,7 +18,7 @@ from metagen_jax.evaluation.estimates import Estimate
 from metagen_jax.types import Episode
 
 # Okabe and Ito's palette, which the colour-blind tell apart; the greys are for what stands aside.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _TRAINING, _VALIDATION = "#0072B2", "#D55E00"
 _RIGHT, _WRONG = "#009E73", "#C8102E"
 _TEXT, _QUIET, _RULE = "#222222", "#666666", "#DDDDDD"
@@ -67,7 +67,7 @@ def plot_learning_curve(
             f"none of the {len(records)} records has a loss or an accuracy; give the lines of a "
             "run's metrics.jsonl"
         )
-    figure = _new_figure(9.0 if len(panels) > 1 else 6.5, 3.6, title)
+    figure = new_figure(9.0 if len(panels) > 1 else 6.5, 3.6, title)
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         _draw_learning_curve(axes, *panel)
     _save(figure, path)
@@ -94,12 +94,12 @@ def plot_adaptation(
     """
     if not curves:
         raise UserError("curves is empty; give at least one Estimate by its name")
-    figure = _new_figure(9.0, 4.2, title)
+    figure = new_figure(9.0, 4.2, title)
     axes = figure.subplots()
     last = max([np.size(a.mean) - 1 for a in curves.values() if np.ndim(a.mean)] or [1])
     labels = []
     for i, (name, accuracy) in enumerate(curves.items()):
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         mean, interval = 100 * np.asarray(accuracy.mean), 100 * np.asarray(accuracy.interval)
         if mean.ndim:
             axes.errorbar(
@@ -117,7 +117,7 @@ def plot_adaptation(
         labels.append((100 * chance, f"guessing  {100 * chance:.0f} %", _QUIET))
     axes.set_xlim(-0.1, last + 0.1)
     axes.set_xticks(range(0, last + 1, math.ceil(last / 10) or 1))
-    _finish(
+    finish(
         axes,
         "steps on the support set (0: before adaptation)",
         "Accuracy (%), mean over tasks with 95 % interval",
@@ -140,7 +140,8 @@ def plot_episode(
     """A test episode: a row for each class, its support examples, then its queries.
 
     Queries answered right have a green frame; the others a red one and the words "predicted
-    2, is 1". The title counts all queries; what is not drawn is said below.
+    2, is 1". The title counts all queries; what is not drawn is said below. Of more classes than
+    `max_classes` those with errors are drawn first.
 
     Args:
       episode: `((images, labels), (images, labels))`, images `(n, h, w, 1 or 3)` as bytes or as
@@ -169,7 +170,7 @@ def plot_episode(
     num_right = (predicted == query_labels).sum()
     title = f"{_kind(labels)} episode of {what}: {num_right} of {len(predicted)} right"
     height = grid.tops[-1] + (0.35 if note else 0.15)
-    figure = _new_figure(max(grid.width, 0.115 * len(title)), height)
+    figure = new_figure(max(grid.width, 0.115 * len(title)), height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, figure.get_figwidth()), ylim=(height, 0))
     axes.axis("off")
     _write(axes, _MARGIN, 0.3, title, size=12, weight="bold")
@@ -215,7 +216,10 @@ def _choose_rows(
     num_ways = 1 + int(max(labels.max(), predicted.max()))
     names = list(class_names or [str(i + 1) for i in range(num_ways)])
     rows = []
-    for label in np.unique(labels)[:max_classes].tolist():
+    wrong = np.unique(query_labels[predicted != query_labels])
+    # If not all can be drawn, first those with errors; always in the order of their numbers.
+    first = sorted(np.unique(labels).tolist(), key=lambda label: label not in wrong)[:max_classes]
+    for label in sorted(first):
         support = np.flatnonzero(labels == label)[:max_shots].tolist()
         queries = np.flatnonzero(query_labels == label)[: _NUM_COLUMNS - len(support)].tolist()
         errors = {
@@ -251,7 +255,7 @@ def _what_is_drawn(rows: list[_Row], labels: np.ndarray, query_labels: np.ndarra
     """Which part of the episode the picture shows; empty if all of it."""
     parts = []
     if len(rows) < len(np.unique(labels)):
-        parts.append(f"the first {len(rows)} of {len(np.unique(labels))} classes")
+        parts.append(f"{len(rows)} of {len(np.unique(labels))} classes, those with errors first")
     for name, of, drawn in (
         ("support examples", labels, [len(row.support) for row in rows]),
         ("queries", query_labels, [len(row.queries) for row in rows]),
@@ -329,7 +333,7 @@ def _draw_learning_curve(axes, name: str, label: str, training, validation) -> N
         axes.plot(steps[best], values[best], "o", ms=9, mfc="none", color=_VALIDATION)
         figure = f"{values[best]:.1f} %" if name == "accuracy" else f"{values[best]:.3g}"
         labels.append((values[-1], f"validation\nbest {figure}", _VALIDATION))
-    _finish(axes, "training steps", label)
+    finish(axes, "training steps", label)
     _label_right(axes, labels)
 
 
@@ -343,7 +347,8 @@ def _moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.nda
     return total(values) / total(np.ones(len(values)))
 
 
-def _new_figure(width: float, height: float, title: str | None = None):
+def new_figure(width: float, height: float, title: str | None = None):
+    """A figure without pyplot, its title at the left in bold."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), facecolor="white")
@@ -358,7 +363,8 @@ def _save(figure, path: File) -> None:
         figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
-def _finish(axes, x_label: str, y_label: str) -> None:
+def finish(axes, x_label: str, y_label: str) -> None:
+    """Labels a panel, the y axis above it, and leaves only the lines that help to read."""
     axes.set_xlabel(x_label, color=_TEXT)
     axes.set_title(y_label, loc="left", size=10, color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)

@@ -144,7 +144,21 @@ def convolve(
     _, height, width, _ = images.shape
     kernel_h, kernel_w, _, _ = kernel.shape
     shape = _Shape((height, width), (kernel_h, kernel_w), strides)
-    return _outputs_p.bind(jnp.asarray(images, dtype), jnp.asarray(kernel, dtype), shape=shape)
+    operands = _vary_alike(jnp.asarray(images, dtype), jnp.asarray(kernel, dtype))
+    return _outputs_p.bind(*operands, shape=shape)
+
+
+def _vary_alike(*operands: Array) -> list[Array]:
+    """Inside `jax.shard_map`: what is the same on all devices counts as differing, if others do.
+
+    JAX's own operations do so by themselves; the derivative of it sums over the devices.
+    """
+    axes = [frozenset(jax.typeof(x).manual_axis_type.varying) for x in operands]
+    every = frozenset().union(*axes)
+    return [
+        jax.lax.pcast(x, tuple(every - own), to="varying") if every - own else x
+        for x, own in zip(operands, axes, strict=True)
+    ]
 
 
 class Conv(nn.Module):

@@ -79,12 +79,19 @@ def test_all_examples_of_a_turned_class_are_turned_alike():
         ({"num_ways": 5}, "5-way episodes need 5 classes and the data has 4"),
         ({"num_queries": 4}, "need 6 examples of each class and the smallest class has 5"),
         ({"num_rotations": 3}, "num_rotations is 3; give 1, or 4"),
+        ({"num_ways": 0}, "num_ways is 0, .* give 1 way or more"),
+        ({"num_shots": -1}, "num_shots -1 .* no negative number"),
+        ({"num_ways": 17, "num_rotations": 4}, "the data has 16 with their quarter turns"),
     ],
 )
 def test_impossible_episodes_are_refused(changes, message):
     check_episodes(numbered(), **SHAPE)
+    asked = {**SHAPE, **changes}
     with pytest.raises(ValueError, match=message):
-        check_episodes(numbered(), **{**SHAPE, **changes})
+        check_episodes(numbered(), **asked)
+    if "num_queries" not in changes:  # How large classes are can't be seen within a program.
+        with pytest.raises(ValueError, match=message):
+            jax.jit(functools.partial(sample_episode, **asked))(jax.random.key(0), numbered())
 
 
 @pytest.mark.usefixtures("ill_typed")

@@ -88,7 +88,10 @@ def test_an_episode_is_counted_and_its_errors_marked(drawn):
     [
         ((5, 1, 15), "Drawn: 10 of 15 queries of each class."),
         ((5, 5, 6), None),
-        ((20, 5, 15), "Drawn: the first 10 of 20 classes, 6 of 15 queries of each class."),
+        (
+            (20, 5, 15),
+            "Drawn: 10 of 20 classes, those with errors first, 6 of 15 queries of each class.",
+        ),
         (
             (2, 7, 7),
             "Drawn: 5 of 7 support examples of each class, 6 of 7 queries of each class.",
@@ -103,6 +106,15 @@ def test_what_is_not_drawn_is_said(drawn, size, expected):
     num_queries = size[0] * size[2]
     assert f": {num_queries - 2} of {num_queries} right" in texts(drawn[0])[0]
     assert_legible(drawn[0])
+
+
+def test_classes_with_errors_are_drawn_before_others(drawn):
+    episode = an_episode(20, 1, 1)
+    plot_episode(episode, with_errors(episode, 18), "x.png")
+    said = texts(drawn[0])
+    assert "class 19" in said
+    assert sum(text.startswith("predicted") for text in said) == 1
+    assert num_frames(drawn[0], "#C8102E") == 1
 
 
 def test_long_class_names_are_shortened_to_fit(drawn):

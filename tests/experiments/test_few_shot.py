@@ -1,6 +1,7 @@
 """The few-shot experiment: what it refuses, and end to end on little."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -44,10 +45,11 @@ def test_ink_of_letters_is_high_and_colours_stay_as_they_are():
         ({"test_queries": ()}, "test_queries is ()"),
         ({"test_queries": (5, 0)}, "test_queries is (5, 0)"),
         ({"num_test_tasks": 1}, "need 2 or more for an interval"),
+        ({"split": "lake"}, "split is lake and dataset glyphs"),
     ],
 )
 def test_settings_that_would_fail_after_training_are_refused_before(settings, says):
-    with pytest.raises(UserError, match=r"give|need") as raised:
+    with pytest.raises(UserError, match=r"give|need|leave") as raised:
         few_shot.check(dataclasses.replace(SMOKE, **settings))
     assert says in str(raised.value)
 
@@ -60,7 +62,7 @@ def test_presets_are_settings_that_make_sense(preset):
 def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
     images = colour_splits(None).test
     config = dataclasses.replace(SMOKE, num_ways=50, rotations=4)
-    with pytest.raises(UserError, match="50 classes and the data has 32; lower num_ways"):
+    with pytest.raises(UserError, match=r"50 classes and the data has 32 .*; lower num_ways"):
         few_shot.to_class_data(config, images)
     with pytest.raises(UserError, match=r"need 16 examples of each class and the smallest .* 10"):
         few_shot.to_class_data(SMOKE, images)
@@ -81,6 +83,12 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
             for suffix in ("", "_3_queries"):
                 assert 0 <= numbers[f"{name}_accuracy{mode}{suffix}"] <= 1
                 assert numbers[f"{name}_interval{mode}{suffix}"] >= 0
+    assert numbers["queries_per_class"] == 1
+    assert numbers["queries_per_class_3_queries"] == 3
+    assert numbers["fine_tuned_steps"] >= 0
+    assert numbers["fine_tuned_rate"] > 0
+    last = len([name for name in numbers if re.fullmatch(r"after_\d+_steps_accuracy", name)])
+    assert (last > 0) == (learner != "prototypical")
     # Chance is 1 in 5; colours are told apart by their pixels, and by what is adapted to them.
     assert numbers["nearest_neighbour_accuracy"] > 0.5
     assert numbers["num_tasks"] == SMOKE.num_test_tasks

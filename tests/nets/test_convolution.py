@@ -190,3 +190,15 @@ def test_max_pool_under_vmap_is_a_loop():
     images = np.stack([blocks_with_ties(), -blocks_with_ties()])
     loop = [references.max_pool_2x2(x)[0] for x in images]
     assert_close(jax.vmap(max_pool_2x2)(images), np.stack(loop), rtol=0, atol=0)
+
+
+def test_images_split_over_devices_give_the_kernel_the_sum_of_their_gradients():
+    mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("devices",))
+    split, whole = jax.sharding.PartitionSpec("devices"), jax.sharding.PartitionSpec()
+    images, kernel = random(8, 5, 5, 2), random(3, 3, 2, 3)
+
+    def gradient(kernel, images):
+        return jax.grad(lambda k: jnp.tanh(convolve(images, k)).sum())(kernel)
+
+    on_all = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, split), out_specs=whole)
+    assert_close(jax.jit(on_all)(kernel, images), gradient(kernel, images))
