@@ -23,6 +23,8 @@ from metagen_jax.types import Params, PRNGKey
 # In steps. All have saturated after a hundred steps, so that time brings nothing new to an
 # optimiser that goes on longer than it was trained for.
 _TIMESCALES = (1.0, 3.0, 10.0, 30.0)
+# Of a leaf's root mean square, so that biases, which begin at zero, can leave it.
+_FLOOR = 0.1
 
 
 class LearnedOptimizerParams(NamedTuple):
@@ -84,14 +86,16 @@ def init_learned_optimizer(
 def learned_optimizer(
     rule_params: LearnedOptimizerParams,
     *,
-    scale: float = 0.01,
-    magnitude_scale: float = 1.0,
+    scale: float = 0.05,
+    log_range: float = 3.0,
     epsilon: float = 1e-10,
 ) -> optax.GradientTransformation:
     """An optax optimiser whose step is a small network's answer, asked for each coordinate.
 
-    `theta' = theta - scale * direction * exp(magnitude_scale * magnitude)`, with
-    `(direction, magnitude) = network(features)`, the features of one coordinate being
+    `theta' = theta - scale * r * tanh(direction) * exp(log_range * tanh(magnitude))`, with
+    `r = sqrt(mean(theta^2) + 0.1^2)` over the leaf, so that wide layers, whose weights are small,
+    take small steps, and `(direction, magnitude) = network(features)`, the features of one
+    coordinate being
 
     - log-magnitude and sign of its gradient: `log_and_sign` (Andrychowicz et al. 2016);
     - for each decay its momentum m, relative to the root mean square of the whole leaf's, and
@@ -100,15 +104,15 @@ def learned_optimizer(
       of these two roots;
     - the time, `tanh(steps / tau)` for tau of 1, 3, 10 and 30 steps
 
-    (Metz et al. 2020, Tasks, stability, architecture, and compute, whose form of the step this is).
-    All features but the logarithms are bounded; the step is not, since the magnitude is not: on
-    parameters or gradients far from those of its training a trained rule may take very large steps.
-    The cost is a few hundred to a few thousand products for each parameter.
+    (after Metz et al. 2020, Tasks, stability, architecture, and compute, where the step has neither
+    r nor the two tanh). All features but the logarithms are bounded, and so is the step: by
+    `scale * r * e^log_range`, whatever a trained rule meets. The cost is a few hundred to a few
+    thousand products for each parameter.
 
     Args:
       rule_params: see `init_learned_optimizer`.
-      scale: the size of a step where the network says one.
-      magnitude_scale: how strongly it may vary that.
+      scale: the size of a step, relative to r, where the network says one and zero.
+      log_range: the logarithm of the factor by which the magnitude may enlarge or reduce it.
       epsilon: added to mean squares and second moments below a root, so that gradients of zero have
         finite derivatives; gradients well below its root seem small to the network.
 
@@ -133,17 +137,12 @@ def learned_optimizer(
         momentum = decays * state.momentum + (1 - decays) * gradient[:, None]
         second_moment = decays * state.second_moment + (1 - decays) * jnp.square(gradient)[:, None]
         unbiased = 1 / (1 - decays**time)
-        features = _features(
-            gradient,
-            parameter,
-            momentum * unbiased,
-            second_moment * unbiased,
-            time,
-            sizes=[x.size for x in jax.tree.leaves(params)],
-            epsilon=epsilon,
-        )
+        raw = jnp.column_stack([parameter, gradient, momentum * unbiased])
+        mean_squares = _leaf_means(raw**2, [x.size for x in jax.tree.leaves(params)])
+        features = _features(raw, mean_squares, second_moment * unbiased, time, epsilon)
         direction, magnitude = _network(rule_params.layers, features).T
-        step = -scale * direction * jnp.exp(magnitude_scale * magnitude)
+        length = scale * jnp.sqrt(mean_squares[:, 0] + _FLOOR**2)
+        step = -length * jnp.tanh(direction) * jnp.exp(log_range * jnp.tanh(magnitude))
         state = LearnedOptimizerState(time, momentum, second_moment)
         return unravel(step.astype(parameter.dtype)), state
 
@@ -168,34 +167,35 @@ def log_and_sign(x: Float[Array, "*shape"], *, p: float = 10.0) -> Float[Array, 
     return jnp.stack([first, second], axis=-1)
 
 
+def _leaf_means(x: Float[Array, "n k"], sizes: Sequence[int]) -> Float[Array, "n k"]:
+    """In the place of each row the mean over the rows of its leaf; the leaves have these sizes."""
+    ends = list(itertools.accumulate(sizes))[:-1]
+    means = [jnp.broadcast_to(leaf.mean(0), leaf.shape) for leaf in jnp.split(x, ends)]
+    return jnp.concatenate(means)
+
+
 def _features(
-    gradient: Float[Array, " n"],
-    parameter: Float[Array, " n"],
-    momentum: Float[Array, "n decays"],
+    raw: Float[Array, "n k"],
+    mean_squares: Float[Array, "n k"],
     second_moment: Float[Array, "n decays"],
     time: Int[Array, ""],
-    *,
-    sizes: Sequence[int],
     epsilon: float,
 ) -> Float[Array, "n features"]:
-    """What the network sees of each coordinate; `sizes` are those of the leaves, one by one."""
-    raw = jnp.concatenate([gradient[:, None], parameter[:, None], momentum], axis=1)
-    ends = list(itertools.accumulate(sizes))[:-1]
-    mean_squares = jnp.concatenate(
-        [
-            jnp.broadcast_to(jnp.square(leaf).mean(0) + epsilon, leaf.shape)
-            for leaf in jnp.split(raw, ends)
-        ]
-    )
+    """What the network sees of each coordinate.
+
+    `raw` holds parameter, gradient and momenta, `mean_squares` the means of their squares over the
+    leaf.
+    """
+    _, gradient, momentum = jnp.split(raw, (1, 2), axis=1)
     times = jnp.tanh(time / jnp.array(_TIMESCALES))
     return jnp.concatenate(
         [
-            log_and_sign(gradient),
-            raw * jax.lax.rsqrt(mean_squares),
+            log_and_sign(gradient[:, 0]),
+            raw * jax.lax.rsqrt(mean_squares + epsilon),
             momentum * jax.lax.rsqrt(second_moment + epsilon),
-            # Of gradient and parameter; scaled as `log_and_sign` scales, being squares.
-            jnp.log(mean_squares[:, :2]) / 20,
-            jnp.broadcast_to(times, (len(gradient), len(times))),
+            # Of parameter and gradient; scaled as `log_and_sign` scales, being squares.
+            jnp.log(mean_squares[:, :2] + epsilon) / 20,
+            jnp.broadcast_to(times, (len(raw), len(times))),
         ],
         axis=1,
     )

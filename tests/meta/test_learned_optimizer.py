@@ -72,6 +72,18 @@ def test_steps_and_meta_gradients_are_finite_whatever_the_size_of_gradients(scal
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+def test_a_step_is_bounded_relative_to_the_size_of_the_leaf():
+    rule_params = trained()
+    large = rule_params._replace(layers=jax.tree.map(lambda x: 1e6 * x, rule_params.layers))
+    params = {"small": jnp.full(3, 0.01), "large": jnp.full((2, 2), 7.0)}
+    grads = jax.tree.map(lambda x: 1e3 * jnp.arange(1.0, 1 + x.size).reshape(x.shape), params)
+    after = take(large, params, [grads])
+    for name, x in params.items():
+        bound = 0.05 * np.exp(3) * np.sqrt(np.mean(x**2) + 0.01)
+        step = np.abs(after[name] - x).max()
+        assert 0 < step <= bound * (1 + 1e-9)
+
+
 def test_meta_gradient_equals_finite_differences():
     def loss(rule_params):
         optimizer = learned_optimizer(rule_params)
