@@ -8,6 +8,11 @@ An experiment is a file with a frozen dataclass `Config`, a dict `PRESETS` of su
 
 A user's mistake, a `metagen_jax.errors.UserError`, ends in one line on stderr and exit status 2.
 Any other error is a mistake in the program and keeps its traceback.
+
+Beside its numbers `result.json` says of the run: `command`, `commit`, `dirty` and `started` of the
+session that began it; `sessions`, all those in which it was made, with `seconds` null for one that
+was killed; `seconds`, their sum, without those killed; and of the last session `config`, `versions`
+and `device`.
 """
 
 import contextlib
@@ -25,7 +30,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
@@ -57,6 +62,8 @@ C = TypeVar("C", bound=Config)
 RESULT, CONFIG = "result.json", "config.json"
 _PLACES = ("run_dir", "resume", "data_dir", "num_devices", "chunk")
 """Settings of where a run is made and not of what it gives: they may change on resumption."""
+_OF_EVERY_RUN = {"seed", "run_dir", "resume", "num_devices"}
+_OF_A_SESSION = ("command", "commit", "dirty", "started")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "metagen_jax")
 
 
@@ -89,12 +96,14 @@ def run(
     try:
         summary = (inspect.getdoc(inspect.getmodule(main)) or "").partition("\n")[0]
         config = parse(name, presets, default=default, vary=vary, argv=argv, about=summary)
+        require((0 <= config.seed < 2**32, f"seed is {config.seed}; give 0 to {2**32 - 1}"))
         prepare_run_dir(config)
         start_devices(config.num_devices)
         about = describe_run(name, config, argv)
-        start = time.perf_counter()
-        numbers = dict(main(config))
-        numbers["seconds"] = round(time.perf_counter() - start, 1)
+        with timed_session(config.run_dir, about) as sessions:
+            numbers = main(config)
+        seconds = round(sum(session["seconds"] or 0 for session in sessions), 1)
+        about |= {**sessions[0], "seconds": seconds, "sessions": sessions}
         file = write_result(config.run_dir, numbers, about)
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -152,7 +161,8 @@ def prepare_run_dir(config: Config) -> None:
     """Makes the folder of the run and keeps the settings there, as `config.json`.
 
     Raises:
-      UserError: it can't be made, holds a run that is not to be resumed, or one of other settings.
+      UserError: it can't be made, holds a run that is not to be resumed or one of other settings,
+        or a `config.json` that is not from a run.
     """
     folder = config.run_dir
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=_to_json))
@@ -166,9 +176,11 @@ def prepare_run_dir(config: Config) -> None:
             f"run_dir {folder} holds a run that was stopped; "
             "give another --run-dir, or --resume to go on with that one"
         )
-    if config.resume and (folder / CONFIG).exists():
-        _check_same(settings, folder / CONFIG)
-        return
+    if (folder / CONFIG).exists():
+        before = _read_config(folder / CONFIG)
+        if config.resume:
+            _check_same(settings, before, folder)
+            return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -178,23 +190,35 @@ def prepare_run_dir(config: Config) -> None:
     _write_json(folder / CONFIG, settings)
 
 
-def _check_same(settings: Mapping[str, Any], file: Path) -> None:
-    """Raises a UserError if a run was started with settings that would give another result."""
+def _read_config(file: Path) -> dict[str, Any]:
+    """The settings of a run, and its sessions."""
     try:
-        before = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"can't read {file} ({one_line(error)}); remove it to go on") from None
+        raise UserError(
+            f"can't read {file} ({one_line(error)}); give another --run-dir, or remove that file"
+        ) from None
+    if not isinstance(config, dict) or not config.keys() >= _OF_EVERY_RUN:
+        raise UserError(f"{file} is not from a run of this program; give another --run-dir")
+    return config
+
+
+def _check_same(settings: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
+    """Raises a UserError if a run was started with settings that would give another result."""
     for name, value in settings.items():
         if name not in _PLACES and before.get(name, value) != value:
             raise UserError(
-                f"run_dir {file.parent} holds a run with {_as_flag(name, before[name])} where this "
+                f"run_dir {folder} holds a run with {_as_flag(name, before[name])} where this "
                 f"one has {_as_flag(name, value)}; give the settings of that run to go on with it, "
                 "or another --run-dir"
             )
 
 
 def start_devices(num_devices: int | None) -> None:
-    """Gives JAX so many CPU devices, by default one a core; must come before its first use.
+    """Gives JAX so many CPU devices; must come before its first use.
+
+    By default as many as the environment asks for (`XLA_FLAGS`, `JAX_NUM_CPU_DEVICES`), else one a
+    core.
 
     Raises:
       UserError: if there are fewer devices than asked for, on an accelerator or because JAX has
@@ -202,6 +226,9 @@ def start_devices(num_devices: int | None) -> None:
     """
     if num_devices is not None and num_devices < 1:
         raise UserError(f"num_devices is {num_devices}; give 1 or more, or None for all")
+    flagged = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if num_devices is None and (flagged or "JAX_NUM_CPU_DEVICES" in os.environ):
+        return
     # Refused once JAX has started, in a test or a notebook: what there is, is checked below.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", num_devices or num_cores())
@@ -252,6 +279,25 @@ def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, An
         "seed": config.seed,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+@contextlib.contextmanager
+def timed_session(run_dir: Path, about: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Notes in `config.json` that the run is begun or resumed and, however that ends, its seconds.
+
+    Gives all sessions of the run, this one last.
+    """
+    file = run_dir / CONFIG
+    config = _read_config(file)
+    session = {**{name: about[name] for name in _OF_A_SESSION}, "seconds": None}
+    sessions = [*config.get("sessions", []), session]
+    _write_json(file, {**config, "sessions": sessions})
+    start = time.perf_counter()
+    try:
+        yield sessions
+    finally:
+        session["seconds"] = round(time.perf_counter() - start, 1)
+        _write_json(file, {**config, "sessions": sessions})
 
 
 def write_result(run_dir: Path, numbers: Mapping[str, Any], about: Mapping[str, Any]) -> Path:

@@ -174,7 +174,8 @@ def fit(
       TrainingError: the loss or the gradient is no longer finite; `run_dir` holds a run and
         `resume` is False; a checkpoint can't be read or is of another model.
       TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint has been saved.
-      UserError: an argument is out of range, or the disk is full or can't be written.
+      UserError: an argument is out of range; the disk is full or can't be written; or, at the first
+        validation, `validate` gives no number by the name of `best_metric`.
     """
     _check_positive(
         num_steps=num_steps,

@@ -4,6 +4,7 @@ The class lists of Omniglot, the glyphs, CIFAR-FS and miniImageNet are frozen in
 README names their sources; `split_classes` splits any other set.
 """
 
+import math
 from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
@@ -89,12 +90,14 @@ def split_classes(
 
     Args:
       data: what to split.
-      fractions: of the classes, for train, val and test; the rest is left out.
+      fractions: of the classes, for train, val and test; the rest is left out. A part whose
+        fraction is 0 is empty.
       counts: of classes, in place of fractions.
       seed: of the permutation of the sorted class names.
 
     Raises:
-      DataError: more classes are asked for than there are, or fewer than none.
+      DataError: more classes are asked for than there are, or fewer than none; or there are so few
+        that a part with a fraction would have none.
     """
     names = sorted(data.class_names)
     total, sizes = (1, fractions) if counts is None else (len(names), counts)
@@ -102,6 +105,14 @@ def split_classes(
         kind = "fractions" if counts is None else "counts"
         raise DataError(f"{kind} are {sizes}; give three, none negative, of sum {total} at most")
     edges = [round(edge * len(names) / total) for edge in np.cumsum(sizes)]
+    asked_for = zip(ClassSplit._fields, sizes, np.diff([0, *edges]), strict=True)
+    if empty := [part for part, size, count in asked_for if size and not count]:
+        needed = math.ceil(1 / min(size for size in sizes if size))
+        raise DataError(
+            f"the data have {len(names)} classes, of which fractions {sizes} leave none for "
+            f"{' and '.join(empty)}; give data of {needed} classes or more, other fractions, or "
+            "counts"
+        )
     # RandomState, as its numbers are frozen; those of NumPy's newer generators may change.
     order = np.random.RandomState(seed).permutation(len(names))
     parts = np.split(order, edges)[:3]

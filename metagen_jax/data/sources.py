@@ -135,12 +135,16 @@ def _load_tfds(
 def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
     """The folder of a set's newest version, or of the version in its name, as TFDS lays it out."""
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
-    if not root.is_dir():
-        raise DataError(
-            f"data_dir {root} does not exist; name a folder of prepared TFDS sets by data_dir "
-            "(--data-dir) or TFDS_DATA_DIR"
-        )
     base, _, version = name.partition(":")
+    choose = "give a folder of prepared TFDS sets as data_dir (--data-dir) or TFDS_DATA_DIR"
+    prepare = (
+        f"prepare {base} once where there is internet: pip install tensorflow-cpu && python -c "
+        f"\"import tensorflow_datasets as tfds; tfds.data_source('{base}', data_dir='{root}')\""
+    )
+    if not root.exists():
+        raise DataError(f"data_dir {root} does not exist; {choose}, or {prepare}")
+    if not root.is_dir():
+        raise DataError(f"data_dir {root} is not a folder; {choose}")
     prepared = [info.parent for info in (root / base).glob("*/dataset_info.json")]
     versions = {
         tuple(map(int, folder.name.split("."))): folder
@@ -152,10 +156,8 @@ def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
         found = sorted({info.parent.parent.relative_to(root).as_posix() for info in infos})
         listed = ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
         raise DataError(
-            f"{name!r} is not in data_dir {root}, which holds {listed or 'no data set'}; give "
-            "another data_dir (--data-dir), or prepare it once where there is internet: pip "
-            'install tensorflow-cpu && python -c "import tensorflow_datasets as tfds; '
-            f"tfds.data_source('{base}', data_dir='{root}')\""
+            f"{name!r} is not in data_dir {root}, which holds {listed or 'no data set'}; "
+            f"{choose}, or {prepare}"
         )
     return versions[max(versions)]
 
@@ -175,7 +177,7 @@ def _decode(
     ):
         raise DataError(
             f"{name!r} has the features {', '.join(sorted(features))}; load_images needs an 8-bit "
-            "picture 'image' and a class 'label'"
+            "picture 'image' and a class 'label': give a data set that has both"
         )
     shape: Any = image.shape
     height, width = shape[:2] if size is None else (size, size)

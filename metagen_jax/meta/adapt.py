@@ -35,7 +35,7 @@ stays below the rate over `sqrt(eps_root)`.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -114,10 +114,7 @@ def adapt(
       UserError: for a negative `num_steps`, an unknown `gradient` or a `trainable` that chooses
         no leaf.
     """
-    if num_steps < 0:
-        raise UserError(f"num_steps is {num_steps}; give 0 or more inner steps")
-    if gradient not in ("reverse", "first_order"):
-        raise UserError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
+    check_inner_loop(num_steps, gradient)
     moves = trainable if per_step is None else _moves(trainable, per_step)
     moving, fixed = _split(params, moves)
 
@@ -140,6 +137,14 @@ def adapt(
         repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps + 1, *x.shape)), fixed)
         states = _join(path, repeated)
     return Adapted(_join(moving_end, fixed), metrics, states)
+
+
+def check_inner_loop(num_steps: int, gradient: Gradient) -> None:
+    """Raises a `UserError` for a negative number of steps or an unknown `gradient`."""
+    if num_steps < 0:
+        raise UserError(f"num_steps is {num_steps}; give 0 or more inner steps")
+    if gradient not in get_args(Gradient):
+        raise UserError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
 
 
 def at_step(params: Params, step: Step, per_step: Trainable | None) -> Params:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients
-from metagen_jax.meta.adapt import BatchAt, Gradient, Step, adapt, at_step
+from metagen_jax.meta.adapt import BatchAt, Gradient, Step, adapt, at_step, check_inner_loop
 from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey, Trainable
 
 
@@ -50,8 +50,11 @@ def maml_loss(
       after the last step.
 
     Raises:
-      UserError: if `query_loss_weights` has not one weight a step.
+      UserError: for a negative `num_steps`, an unknown `gradient`, or if `query_loss_weights` has
+        not one weight a step. The loss itself raises one for a `trainable` or a `per_step` that
+        chooses no leaf.
     """
+    check_inner_loop(num_steps, gradient)
     grad_fn = gradients(loss_fn)
     weights = None if query_loss_weights is None else jnp.asarray(query_loss_weights)
     if weights is not None and weights.shape != (num_steps,):
@@ -116,7 +119,12 @@ def maml_predict(
 
     Returns:
       `predict(params, support, inputs, key) -> predictions`.
+
+    Raises:
+      UserError: for a negative `num_steps`. The prediction itself raises one for a `trainable` or a
+        `per_step` that chooses no leaf.
     """
+    check_inner_loop(num_steps, "reverse")
     grad_fn = gradients(loss_fn)
 
     def predict(params: Params, support: Batch, inputs: PyTree, key: PRNGKey) -> PyTree:

@@ -48,8 +48,10 @@ class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, normalisation and ReLU, then a linear head.
 
     Strided, each block halves the image by its convolution and the head sees the mean over
-    positions: the net of MAML's Omniglot experiments (Finn et al. 2017, section 5.2). Otherwise
-    each block ends in a 2x2 max-pool and the head sees all positions: that of Vinyals et al. 2016.
+    positions: the net of MAML's Omniglot experiments (Finn et al. 2017, section 5.2). Otherwise a
+    2x2 max-pool stands between normalisation and ReLU (after the ReLU it would give the same), and
+    the head sees all positions: that of Vinyals et al. 2016. A context modulates the third block's
+    maps right before their ReLU, so after that max-pool.
 
     Attributes:
       num_outputs: outputs of the head; None gives the features before it.

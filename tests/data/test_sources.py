@@ -297,7 +297,8 @@ def test_full_disk_leaves_no_half_of_a_cache_file(folders, monkeypatch):
         ("shapes", "train[", {}, "no split 'train\\['; give one of train, test"),
         ("shapes", "train[:0]", {}, "no pictures"),
         ("shapes", "train", {"size": 0}, "size is 0"),
-        ("shapes", "train", {"data_dir": "/no/such/folder"}, "/no/such/folder does not exist"),
+        ("shapes", "train", {"data_dir": "/no/folder"}, "/no/folder does not exist; .*prepare"),
+        ("shapes", "train", {"data_dir": __file__}, "test_sources.py is not a folder; give a"),
         (
             "circles",
             "train",
@@ -305,7 +306,7 @@ def test_full_disk_leaves_no_half_of_a_cache_file(folders, monkeypatch):
             "'circles' is not in data_dir .* holds shapes, sounds; .*tensorflow-cpu",
         ),
         ("shapes:2.0.0", "train", {}, "'shapes:2.0.0' is not in data_dir"),
-        ("sounds", "train", {}, "'sounds' has the features label, loudness; .* 'image'"),
+        ("sounds", "train", {}, "'sounds' has the features label, loudness; .* 'image' .*: give"),
         ("omniglot", "vinyals", {}, "not in data_dir"),
         ("omniglot", "vinyals/dev", {}, "not in data_dir"),
         ("glyphs", "dev", {}, "no split 'dev'; give one of train, val, trainval, test"),

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import jax
@@ -116,6 +117,8 @@ def test_help_tells_what_each_flag_does_and_what_each_preset_changes(capsys):
         (("--step", "3"), ("--step,", "did you mean --steps?")),
         (("stray",), ("stray",)),
         (("--steps",), ("--steps",)),
+        (("--seed", str(10**20)), (f"seed is {10**20}", "give 0 to 4294967295")),
+        (("--seed", "-1"), ("seed is -1", "give 0 to 4294967295")),
         (("--num-devices", "0"), ("num_devices is 0", "give 1 or more")),
         (("--num-devices", "1000"), ("num_devices is 1000", "give at most")),
     ],
@@ -234,6 +237,37 @@ def test_damaged_settings_are_one_line(capsys):
     assert "can't read runs/toy-full/config.json" in fails(capsys, "--resume")
 
 
+@pytest.mark.parametrize("content", ['{"mine": 1}', "[1]"])
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_a_config_that_is_not_from_a_run_is_left_alone(capsys, content, flags):
+    Path("config.json").write_text(content)
+    line = fails(capsys, "--run-dir", ".", *flags)
+    assert "config.json is not from a run of this program; give another --run-dir" in line
+    assert [path.read_text() for path in Path().iterdir()] == [content]
+
+
+def test_the_result_of_a_resumed_run_tells_of_all_its_sessions(monkeypatch):
+    clock = SimpleNamespace(perf_counter=iter([0.0, 5.5, 10.0, 20.0, 30.0, 32.0]).__next__)
+    monkeypatch.setattr(program, "time", clock)
+    config, while_running = Path("runs/toy-full/config.json"), []
+
+    def stopped(_):
+        while_running.append(config.read_text())
+        raise KeyboardInterrupt
+
+    for flags in ["--seed", "1"], ["--seed", "1", "--resume"]:
+        with pytest.raises(SystemExit):
+            run(*flags, main=stopped)
+    config.write_text(while_running[1])  # As if the second session had been killed.
+    result = run("--seed", "1", "--resume", "--num-devices", "1")
+    begun = "python -m experiments.toy --seed 1"
+    commands = [begun, f"{begun} --resume", f"{begun} --resume --num-devices 1"]
+    assert [session["command"] for session in result["sessions"]] == commands
+    assert [session["seconds"] for session in result["sessions"]] == [5.5, None, 2.0]
+    assert result["seconds"] == 7.5
+    assert result | result["sessions"][0] == result | {"seconds": 5.5}
+
+
 def test_what_is_no_number_stands_as_null_in_the_result():
     numbers = {"mse": float("nan"), "curve": np.array([1.0, np.inf]), "count": 3}
     result = run(main=lambda config: numbers)
@@ -248,9 +282,7 @@ def test_a_full_disk_at_the_end_is_one_line(capsys, monkeypatch):
         monkeypatch.setattr(Path, "write_text", full)
         return {}
 
-    assert "no space left on the disk to write runs/toy-full/result.json" in fails(
-        capsys, main=fill_the_disk
-    )
+    assert "no space left on the disk to write runs/toy-full/" in fails(capsys, main=fill_the_disk)
 
 
 def test_a_result_is_written_whole_or_not_at_all():
@@ -298,35 +330,19 @@ def test_an_error_that_the_library_raises_for_its_user_is_one_line(capsys, main,
     assert says in fails(capsys, main=main)
 
 
-def bad_int(_):
-    int("three")
-
-
-def bad_shape(_):
-    np.zeros(3).reshape(2)
-
-
-def bad_unpacking(_):
-    _a, _b = (1, 2, 3)
-
-
 def bad_shape_while_tracing(_):
     mean = mean_over_tasks(lambda p, b, k: (p + b[: b.size + 1].reshape(2, 2), {}))
     jax.jit(mean)(jnp.zeros(3), jnp.zeros((3, 3)), jax.random.key(0))
 
 
-def bad_key(_):
-    return {}["missing"]
-
-
 @pytest.mark.parametrize(
     ("main", "error"),
     [
-        (bad_int, ValueError),
-        (bad_shape, ValueError),
-        (bad_unpacking, ValueError),
+        (lambda _: int("three"), ValueError),
+        (lambda _: np.zeros(3).reshape(2), ValueError),
+        (lambda _: max([]), ValueError),
         (bad_shape_while_tracing, TypeError),
-        (bad_key, KeyError),
+        (lambda _: {}["missing"], KeyError),
     ],
 )
 def test_a_mistake_in_the_program_keeps_its_traceback(main, error):
@@ -346,9 +362,14 @@ def test_an_interrupted_run_says_so_without_a_traceback(capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "count"), [([], program.num_cores()), (["--num-devices", "3"], 3)]
+    ("flags", "environment", "count"),
+    [
+        ([], {}, program.num_cores()),
+        (["--num-devices", "3"], {}, 3),
+        ([], {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
+    ],
 )
-def test_a_fresh_process_has_the_cpu_devices_asked_for_or_one_a_core(flags, count):
+def test_a_fresh_process_has_the_cpu_devices_asked_for_or_one_a_core(flags, environment, count):
     code = f"""
 import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(program.__file__).parents[1])]!r}
@@ -358,7 +379,8 @@ from experiments import program
 main = lambda config: {{"devices": len(jax.devices())}}
 program.run("toy", main, test_program.PRESETS, default="full")
 """
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, env={"JAX_PLATFORMS": "cpu"})
+    environment = {"JAX_PLATFORMS": "cpu", **environment}
+    subprocess.run([sys.executable, "-c", code, *flags], check=True, env=environment)
     [file] = Path().rglob("result.json")
     assert json.loads(file.read_text())["devices"] == count
 

@@ -230,6 +230,22 @@ def test_refuses_query_loss_weights_that_are_not_one_a_step(shape):
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": -1}, "num_steps is -1; give 0 or more"),
+        ({"num_steps": 1, "gradient": "second"}, "gradient is 'second'; give \"reverse\" or"),
+    ],
+)
+@pytest.mark.usefixtures("ill_typed")
+def test_refuses_an_impossible_inner_loop_before_it_is_called(options, message):
+    with pytest.raises(ValueError, match=message):
+        maml_loss(regression, inner_optimizer=optax.sgd(RATE), **options)
+    if "gradient" not in options:
+        with pytest.raises(ValueError, match=message):
+            maml_predict(regression, lambda *_: 0, inner_optimizer=optax.sgd(RATE), **options)
+
+
 def test_predicts_with_another_number_of_steps_than_it_was_trained_with():
     params, task = one_task()
     inputs = task.query[0]
