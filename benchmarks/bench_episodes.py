@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.bench_maml import describe_machine, seconds
+from benchmarks.bench_maml import seconds
+from experiments.program import provenance
 from metagen_jax.data.episodes import ClassData, group_by_class, sample_episode
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss
@@ -120,7 +121,7 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:20} {1000 * median:8.2f} ms {100 * median / medians['whole step']:7.2f} %")
     if not smoke:
-        result = {"medians_seconds": medians, "all_seconds": times, **describe_machine()}
+        result = {"medians_seconds": medians, "all_seconds": times, **provenance()}
         path = Path(__file__).parent / "results" / "bench_episodes.json"
         path.write_text(json.dumps(result, indent=2) + "\n")
 

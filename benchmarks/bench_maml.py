@@ -10,7 +10,6 @@ and the table holds medians. Writes `benchmarks/results/bench_maml.json`.
 import argparse
 import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.program import provenance
 from metagen_jax.gradients import gradients, mean_over_tasks
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.nets.conv4 import BatchNorm, Conv4
@@ -105,14 +105,6 @@ def seconds(step: Callable, *arguments) -> float:
     return time.perf_counter() - start
 
 
-def describe_machine() -> dict[str, dict]:
-    """What a result was measured on."""
-    return {
-        "machine": {"cores": os.cpu_count(), "device": jax.devices()[0].device_kind},
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few filters and tasks, one round")
@@ -153,7 +145,7 @@ def main() -> None:
             "temporaries_mib": temporaries,
             "num_tasks": num_tasks,
             "relative_difference": difference,
-            **describe_machine(),
+            **provenance(),
         }
         path = Path(__file__).parent / "results" / "bench_maml.json"
         path.parent.mkdir(exist_ok=True)

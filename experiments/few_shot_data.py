@@ -151,7 +151,8 @@ def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
 
 def embed(config: Config, images: Num[Array, "n h w c"]) -> Array:
     """Embeddings of images by an autoencoder, which is trained on them first."""
-    net = Autoencoder(images.shape[1:])
+    _, height, width, channels = images.shape
+    net = Autoencoder((height, width, channels))
 
     def sample(key: PRNGKey, data: ClassData) -> tuple[Array, Array]:
         batch, _ = sample_batch(key, data, batch_size=128)

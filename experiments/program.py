@@ -263,11 +263,20 @@ def num_cores() -> int:
 
 def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, Any]:
     """What is to be kept of a run beside its numbers, so that another can repeat it."""
-    versions = {package: _version(package) for package in _PACKAGES}
-    commit = _git("rev-parse", "HEAD")
     return {
         "command": shlex.join(["python", "-m", f"experiments.{name}", *argv]),
         "config": dataclasses.asdict(config),
+        "seed": config.seed,
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **provenance(),
+    }
+
+
+def provenance() -> dict[str, Any]:
+    """The versions, the device and the commit behind a number."""
+    versions = {package: _version(package) for package in _PACKAGES}
+    commit = _git("rev-parse", "HEAD")
+    return {
         "versions": {"python": platform.python_version(), **versions},
         "device": {
             "kind": jax.devices()[0].device_kind,
@@ -276,8 +285,6 @@ def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, An
         },
         "commit": commit or None,
         "dirty": bool(_git("status", "--porcelain")) if commit else None,
-        "seed": config.seed,
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -35,6 +35,7 @@ from metagen_jax.data.sinusoid import (
     sinusoid,
 )
 from metagen_jax.errors import writing
+from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss, maml_predict
@@ -101,6 +102,29 @@ PRESETS = {
     "published": Config(num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False),
     "smoke": Config(steps=20, num_validation_tasks=20, num_test_tasks=50),
 }
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for settings that would fail only after training, or without sense."""
+    counts = ("num_shots", "num_queries", "num_tasks", "test_shots")
+    steps = ("steps", "inner_steps", "test_steps")
+    least = {name: 1 for name in (*counts, *steps)}
+    # An interval needs two.
+    least |= {"num_validation_tasks": 2, "num_test_tasks": 2}
+    program.require(
+        *(
+            (getattr(config, name) >= low, f"{name} is {getattr(config, name)}; give {low} or more")
+            for name, low in least.items()
+        ),
+        *(
+            (getattr(config, name) > 0, f"{name} is {getattr(config, name)}; give more than 0")
+            for name in ("inner_rate", "outer_rate")
+        ),
+        (
+            min(config.hidden_sizes, default=1) >= 1,
+            f"hidden_sizes is {config.hidden_sizes}; give 1 or more units for each hidden layer",
+        ),
+    )
 
 
 def train(
@@ -200,6 +224,7 @@ def squared_errors(
 
 def main(config: Config) -> dict[str, Any]:
     """Trains the three networks, tests them, prints the table and draws the figure."""
+    check(config)
     net = MLP(config.hidden_sizes, 1)
     validation = sample_test_tasks(config, VALIDATION_SEED, config.num_validation_tasks)
     test = sample_test_tasks(config, TEST_SEED, config.num_test_tasks)
@@ -215,8 +240,11 @@ def main(config: Config) -> dict[str, Any]:
     def plain(task: SinusoidTask) -> Episode:
         return task.episode
 
+    print("meta-training by MAML", flush=True)
     maml = train(config, "maml", net, plain, inner_steps=config.inner_steps, validate=validate)
+    print("pretraining a network on all tasks as one data set", flush=True)
     pretrained = train(config, "pretrained", net, plain, inner_steps=0)
+    print("training the oracle, which is given amplitude and phase", flush=True)
     oracle = train(config, "oracle", net, oracle_episode, inner_steps=0)
 
     pretrained_rate = min(
@@ -287,50 +315,61 @@ def draw(
     labels: dict[str, str],
 ) -> None:
     """Draws adaptation curves and, beside them, MAML on one test task, as `sinusoid.png`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    styles = {"maml": ("C2", "o-"), "pretrained": ("C0", "s--"), "oracle": ("C3", ":")}
-    for name, curve in curves.items():
-        colour, style = styles[name]
-        # The oracle does not adapt: one error for every number of steps.
-        mean, interval = (np.resize(x, config.test_steps + 1) for x in curve[:2])
-        # Errors that diverged are infinite, and not drawn.
-        mean = np.where(np.isfinite(mean), mean, np.nan)
-        steps = np.arange(config.test_steps + 1)
-        left.plot(steps, mean, style, color=colour, label=labels[name], markersize=4)
-        left.fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.25, lw=0)
-    left.set(
-        title=f"{config.num_test_tasks} test tasks, band: 95 % interval",
-        xlabel=f"gradient steps on {config.test_shots} points",
-        ylabel="mean squared error",
-        ylim=(0, None),
-    )
-    left.legend()
-
+    title = f"Regression of sinusoids from {config.test_shots} points"
+    figure = plots.new_figure(11.0, 5.0, title)
+    left, right = figure.subplots(1, 2)
+    draw_curves(left, config, curves, labels)
     last_errors = curves["maml"].per_task[:, -1]
     middle = int(np.argsort(last_errors)[len(last_errors) // 2])
-    task = jax.tree.map(lambda x: x[middle], test)
-    (support_x, support_y), (query_x, _) = task.episode
-    answers = predict(net, params, task.episode, config.inner_rate, num_steps=config.test_steps)
-    x = np.linspace(*INPUTS, 400)
-    right.plot(
-        x, sinusoid(jnp.asarray(x), task.amplitude, task.phase), color="C3", label="true curve"
-    )
-    for step, style in ((0, ":"), (1, "--"), (config.test_steps, "-")):
-        label = "before adaptation" if step == 0 else f"after {step} step{'s' * (step > 1)}"
-        shade = 0.4 + 0.6 * step / config.test_steps
-        right.plot(query_x, answers[step], style, color="C2", alpha=shade, label=label)
-    right.plot(support_x, support_y, "k^", label=f"the {config.test_shots} points given")
-    right.set(title="MAML on the test task of median error", xlabel="x", ylabel="y")
-    right.legend(fontsize="small")
+    draw_task(right, config, net, params, jax.tree.map(lambda x: x[middle], test))
+    for axes in (left, right):
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     path = config.run_dir / "sinusoid.png"
     with writing(path):
         figure.savefig(path, dpi=120)
-    plt.close(figure)
+    print(f"the picture is {path}")
+
+
+def draw_curves(axes, config: Config, curves: dict[str, Estimate], labels: dict[str, str]) -> None:
+    """Errors against gradient steps; on a log scale, as the oracle's is a thousandth of others."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    steps = np.arange(config.test_steps + 1)
+    for (name, curve), colour, style in zip(
+        curves.items(), plots.COLOURS, ("o-", "s--", ":"), strict=False
+    ):
+        # The oracle does not adapt: one error for every number of steps.
+        mean, interval = (np.resize(x, len(steps)) for x in curve[:2])
+        # Errors that diverged are infinite, and not drawn.
+        mean = np.where(np.isfinite(mean), mean, np.nan)
+        axes.plot(steps, mean, style, color=colour, label=labels[name], markersize=4)
+        axes.fill_between(steps, mean - interval, mean + interval, color=colour, alpha=0.2, lw=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_yscale("log", subs=[])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    plots.finish(
+        axes,
+        f"gradient steps on {config.test_shots} points",
+        f"mean squared error (log scale), {config.num_test_tasks} test tasks, band: 95 % interval",
+    )
+
+
+def draw_task(axes, config: Config, net: MLP, params: Params, task: SinusoidTask) -> None:
+    """MAML on one task: its answers before, after one and after all gradient steps."""
+    (support_x, support_y), (query_x, _) = task.episode
+    answers = predict(net, params, task.episode, config.inner_rate, num_steps=config.test_steps)
+    x = np.linspace(*INPUTS, 400)
+    axes.plot(
+        x, sinusoid(jnp.asarray(x), task.amplitude, task.phase), color="black", label="true curve"
+    )
+    final, before, after_1 = (plots.COLOURS[i] for i in (0, 3, 4))
+    looks = {0: (before, ":"), 1: (after_1, "--"), config.test_steps: (final, "-")}
+    for step, (colour, style) in looks.items():
+        label = f"after {step} step{'s' * (step > 1)}" if step else "before adaptation"
+        axes.plot(query_x, answers[step], style, color=colour, label=label)
+    axes.plot(support_x, support_y, "k^", label=f"the {config.test_shots} points given")
+    plots.finish(axes, "x", "MAML on the test task of median error")
 
 
 if __name__ == "__main__":
