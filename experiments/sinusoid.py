@@ -34,8 +34,7 @@ from metagen_jax.data.sinusoid import (
     sample_sinusoid_task,
     sinusoid,
 )
-from metagen_jax.errors import writing
-from metagen_jax.evaluation import plots
+from metagen_jax.evaluation import figures
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss, maml_predict
@@ -316,7 +315,7 @@ def draw(
 ) -> None:
     """Draws adaptation curves and, beside them, MAML on one test task, as `sinusoid.png`."""
     title = f"Regression of sinusoids from {config.test_shots} points"
-    figure = plots.new_figure(11.0, 5.0, title)
+    figure = figures.new_figure(11.0, 5.0, title)
     left, right = figure.subplots(1, 2)
     draw_curves(left, config, curves, labels)
     last_errors = curves["maml"].per_task[:, -1]
@@ -325,8 +324,7 @@ def draw(
     for axes in (left, right):
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=2, frameon=False)
     path = config.run_dir / "sinusoid.png"
-    with writing(path):
-        figure.savefig(path, dpi=120)
+    figures.save(figure, path)
     print(f"the picture is {path}")
 
 
@@ -336,7 +334,7 @@ def draw_curves(axes, config: Config, curves: dict[str, Estimate], labels: dict[
 
     steps = np.arange(config.test_steps + 1)
     for (name, curve), colour, style in zip(
-        curves.items(), plots.COLOURS, ("o-", "s--", ":"), strict=False
+        curves.items(), figures.COLOURS, ("o-", "s--", ":"), strict=False
     ):
         # The oracle does not adapt: one error for every number of steps.
         mean, interval = (np.resize(x, len(steps)) for x in curve[:2])
@@ -348,7 +346,7 @@ def draw_curves(axes, config: Config, curves: dict[str, Estimate], labels: dict[
     axes.set_yscale("log", subs=[])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
-    plots.finish(
+    figures.finish(
         axes,
         f"gradient steps on {config.test_shots} points",
         f"mean squared error (log scale), {config.num_test_tasks} test tasks, band: 95 % interval",
@@ -363,13 +361,13 @@ def draw_task(axes, config: Config, net: MLP, params: Params, task: SinusoidTask
     axes.plot(
         x, sinusoid(jnp.asarray(x), task.amplitude, task.phase), color="black", label="true curve"
     )
-    final, before, after_1 = (plots.COLOURS[i] for i in (0, 3, 4))
+    final, before, after_1 = (figures.COLOURS[i] for i in (0, 3, 4))
     looks = {0: (before, ":"), 1: (after_1, "--"), config.test_steps: (final, "-")}
     for step, (colour, style) in looks.items():
         label = f"after {step} step{'s' * (step > 1)}" if step else "before adaptation"
         axes.plot(query_x, answers[step], style, color=colour, label=label)
     axes.plot(support_x, support_y, "k^", label=f"the {config.test_shots} points given")
-    plots.finish(axes, "x", "MAML on the test task of median error")
+    figures.finish(axes, "x", "MAML on the test task of median error")
 
 
 if __name__ == "__main__":

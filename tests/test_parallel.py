@@ -202,7 +202,7 @@ def compiled_train_step(num_tasks, num_devices, *, conv4=False):
     return hlo, sum(x.size for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("conv4", [False, True])
+@pytest.mark.parametrize("conv4", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_only_collective_of_a_train_step_averages_gradients_and_metrics(conv4):
     hlo, num_params = compiled_train_step(NUM_TASKS, num_devices=8, conv4=conv4)
     assert collectives(hlo) == [("all-reduce", num_params + len(["loss", "accuracy"]))]

@@ -1,34 +1,30 @@
-"""Pictures of a run: its learning curve, a test episode, accuracy against steps of adaptation.
-
-Matplotlib is imported when a picture is drawn, and used without pyplot: no window, no global state.
-Pictures are made to be read at a width of about 900 pixels.
-"""
+"""Pictures of a run: its learning curve, a test episode, accuracy against steps of adaptation."""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from metagen_jax.errors import UserError, writing
+from metagen_jax.errors import UserError
 from metagen_jax.evaluation.estimates import Estimate
+from metagen_jax.evaluation.figures import (
+    COLOURS,
+    QUIET,
+    File,
+    finish,
+    label_right,
+    new_figure,
+    save,
+    write,
+)
 from metagen_jax.types import Episode
 
-# Okabe and Ito's palette, which the colour-blind tell apart; the greys are for what stands aside.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_TRAINING, _VALIDATION = "#0072B2", "#D55E00"
 _RIGHT, _WRONG = "#009E73", "#C8102E"
-_TEXT, _QUIET, _RULE = "#222222", "#666666", "#DDDDDD"
-_DOTS_PER_INCH = 150
-
 # Lengths of an episode's picture, in inches.
 _WIDTH, _MARGIN, _TOP, _BETWEEN, _GAP = 8.9, 0.25, 0.86, 0.35, 0.04
 _NUM_COLUMNS = 11
-
-File = str | os.PathLike[str]
 
 
 def plot_learning_curve(
@@ -70,7 +66,7 @@ def plot_learning_curve(
     figure = new_figure(9.0 if len(panels) > 1 else 6.5, 3.6, title)
     for axes, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         _draw_learning_curve(axes, *panel)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_adaptation(
@@ -113,8 +109,8 @@ def plot_adaptation(
         end, width = mean.reshape(-1)[-1], interval.reshape(-1)[-1]
         labels.append((float(end), f"{name}  {end:.1f} ± {width:.1f} %", colour))
     if chance is not None:
-        axes.axhline(100 * chance, color=_QUIET, ls=":")
-        labels.append((100 * chance, f"guessing  {100 * chance:.0f} %", _QUIET))
+        axes.axhline(100 * chance, color=QUIET, ls=":")
+        labels.append((100 * chance, f"guessing  {100 * chance:.0f} %", QUIET))
     axes.set_xlim(-0.1, last + 0.1)
     axes.set_xticks(range(0, last + 1, math.ceil(last / 10) or 1))
     finish(
@@ -122,8 +118,8 @@ def plot_adaptation(
         "steps on the support set (0: before adaptation)",
         "Accuracy (%), mean over tasks with 95 % interval",
     )
-    _label_right(axes, labels)
-    _save(figure, path)
+    label_right(axes, labels)
+    save(figure, path)
 
 
 def plot_episode(
@@ -140,8 +136,7 @@ def plot_episode(
     """A test episode: a row for each class, its support examples, then its queries.
 
     Queries answered right have a green frame; the others a red one and the words "predicted
-    2, is 1". The title counts all queries; what is not drawn is said below. Of more classes than
-    `max_classes` those with errors are drawn first.
+    2, is 1". The title counts all queries; what is not drawn is said below.
 
     Args:
       episode: `((images, labels), (images, labels))`, images `(n, h, w, 1 or 3)` as bytes or as
@@ -151,7 +146,7 @@ def plot_episode(
       class_names: of the labels; None numbers them 1, 2, 3, ...
       what: the classes are, for the title.
       ink: whether ink is the low or the high value of one-channel images; it is drawn dark.
-      max_classes: rows to draw.
+      max_classes: rows to draw; of more classes first those with errors.
       max_shots: support examples of a class to draw; queries take the rest of the 11 columns.
 
     Raises:
@@ -167,21 +162,22 @@ def plot_episode(
     rows = _choose_rows(labels, query_labels, predicted, class_names, max_classes, max_shots)
     grid = _lay_out(rows)
     note = _what_is_drawn(rows, labels, query_labels)
-    num_right = (predicted == query_labels).sum()
-    title = f"{_kind(labels)} episode of {what}: {num_right} of {len(predicted)} right"
+    right = f"{(predicted == query_labels).sum()} of {len(predicted)} right"
+    title = f"{_kind(labels)} episode of {what}: {right}"
     height = grid.tops[-1] + (0.35 if note else 0.15)
     figure = new_figure(max(grid.width, 0.115 * len(title)), height)
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, figure.get_figwidth()), ylim=(height, 0))
     axes.axis("off")
-    _write(axes, _MARGIN, 0.3, title, size=12, weight="bold")
-    _write(axes, grid.support_left + _GAP, 0.7, "learns from", color=_QUIET)
+    axes.autoscale(False)
+    write(axes, _MARGIN, 0.3, title, size=12, weight="bold")
+    write(axes, grid.support_left + _GAP, 0.7, "learns from", color=QUIET)
     asked = "is then asked to name (green frame: right, red frame: wrong)"
-    _write(axes, grid.query_left + _GAP, 0.7, asked, color=_QUIET)
+    write(axes, grid.query_left + _GAP, 0.7, asked, color=QUIET)
     pictures = _to_pictures([images, queries], ink)
     for row, top in zip(rows, grid.tops, strict=False):
         _draw_row(axes, row, top, grid, *pictures)
-    _write(axes, _MARGIN, height - 0.2, note, color=_QUIET)
-    _save(figure, path)
+    write(axes, _MARGIN, height - 0.2, note, color=QUIET)
+    save(figure, path)
 
 
 class _Row(NamedTuple):
@@ -213,8 +209,7 @@ def _choose_rows(
     max_shots: int,
 ) -> list[_Row]:
     # Numbers, as letters would be taken for the characters in the pictures.
-    num_ways = 1 + int(max(labels.max(), predicted.max()))
-    names = list(class_names or [str(i + 1) for i in range(num_ways)])
+    names = list(class_names or map(str, range(1, 2 + max(labels.max(), predicted.max()))))
     rows = []
     wrong = np.unique(query_labels[predicted != query_labels])
     # If not all can be drawn, first those with errors; always in the order of their numbers.
@@ -274,23 +269,22 @@ def _kind(labels: np.ndarray) -> str:
 
 
 def _draw_row(axes, row: _Row, top: float, grid: _Grid, images, queries) -> None:
-    _write(axes, _MARGIN, top + grid.cell / 2, row.heading, size=11, weight="bold")
+    write(axes, _MARGIN, top + grid.cell / 2, row.heading, size=11, weight="bold")
     for column, i in enumerate(row.support):
         _draw_picture(axes, images[i], grid.support_left + column * grid.cell, top, grid.cell)
     for column, i in enumerate(row.queries):
         left = grid.query_left + column * grid.cell
         colour, line = (_WRONG, 3.0) if i in row.errors else (_RIGHT, 1.5)
         _draw_picture(axes, queries[i], left, top, grid.cell, colour, line)
-        below = top + grid.cell + 0.1
-        _write(axes, left + _GAP, below, row.errors.get(i, ""), size=7.5, color=_WRONG)
+        write(
+            axes, left + _GAP, top + grid.cell + 0.1, row.errors.get(i, ""), size=7.5, color=_WRONG
+        )
 
 
-def _draw_picture(axes, image, left: float, top: float, cell: float, colour=_QUIET, line=0.8):
+def _draw_picture(axes, image, left: float, top: float, cell: float, colour=QUIET, line=0.8):
     low, high = _GAP, cell - _GAP
     box = (left + low, left + high, top + high, top + low)
-    limits = dict(xlim=axes.get_xlim(), ylim=axes.get_ylim())
     axes.imshow(image, extent=box, aspect="auto")
-    axes.set(**limits)
     xs, ys = [box[i] for i in (0, 1, 1, 0, 0)], [box[i] for i in (2, 2, 3, 3, 2)]
     axes.plot(xs, ys, color=colour, lw=line, solid_joinstyle="miter")
 
@@ -323,18 +317,18 @@ def _draw_learning_curve(axes, name: str, label: str, training, validation) -> N
     if training.size:
         steps, values = training
         smooth = _moving_average(values, len(values) // 25)
-        axes.plot(steps, values, color=_TRAINING, alpha=0.2, lw=0.8)
-        axes.plot(steps, smooth, color=_TRAINING, lw=1.8)
-        labels.append((smooth[-1], "training\n(smoothed)", _TRAINING))
+        axes.plot(steps, values, color=COLOURS[0], alpha=0.2, lw=0.8)
+        axes.plot(steps, smooth, color=COLOURS[0], lw=1.8)
+        labels.append((smooth[-1], "training\n(smoothed)", COLOURS[0]))
     if validation.size:
         steps, values = validation
-        axes.plot(steps, values, color=_VALIDATION, marker="o", ms=3.5, lw=1.2)
+        axes.plot(steps, values, color=COLOURS[1], marker="o", ms=3.5, lw=1.2)
         best = values.argmax() if name == "accuracy" else values.argmin()
-        axes.plot(steps[best], values[best], "o", ms=9, mfc="none", color=_VALIDATION)
+        axes.plot(steps[best], values[best], "o", ms=9, mfc="none", color=COLOURS[1])
         figure = f"{values[best]:.1f} %" if name == "accuracy" else f"{values[best]:.3g}"
-        labels.append((values[-1], f"validation\nbest {figure}", _VALIDATION))
+        labels.append((values[-1], f"validation\nbest {figure}", COLOURS[1]))
     finish(axes, "training steps", label)
-    _label_right(axes, labels)
+    label_right(axes, labels)
 
 
 def _moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, " n"]:
@@ -345,62 +339,3 @@ def _moving_average(values: Float[np.ndarray, " n"], width: int) -> Float[np.nda
         return np.convolve(x, window)[width // 2 :][: len(x)]
 
     return total(values) / total(np.ones(len(values)))
-
-
-def new_figure(width: float, height: float, title: str | None = None):
-    """A figure without pyplot, its title at the left in bold."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor="white")
-    if title:
-        figure.set_layout_engine("constrained", h_pad=0.1)
-        figure.suptitle(title, x=0.01, ha="left", size=12, weight="bold", color=_TEXT)
-    return figure
-
-
-def _save(figure, path: File) -> None:
-    with writing(Path(path)):
-        figure.savefig(path, dpi=_DOTS_PER_INCH)
-
-
-def finish(axes, x_label: str, y_label: str) -> None:
-    """Labels a panel, the y axis above it, and leaves only the lines that help to read."""
-    axes.set_xlabel(x_label, color=_TEXT)
-    axes.set_title(y_label, loc="left", size=10, color=_TEXT)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_QUIET)
-    axes.tick_params(colors=_QUIET)
-    axes.grid(axis="y", color=_RULE, lw=0.7)
-    axes.set_axisbelow(True)
-
-
-def _label_right(axes, labels: list[tuple[float, str, str]]) -> None:
-    """Names lines at the right of the panel, at the height of their ends, not over one another."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high)
-    labels = sorted(labels)
-    line = 0.065 * (high - low)
-    halves = [line * (1 + text.count("\n")) / 2 for _, text, _ in labels]
-    centres = [y for y, _, _ in labels]
-    for i in range(1, len(labels)):  # Upwards, until none overlaps the one below ...
-        centres[i] = max(centres[i], centres[i - 1] + halves[i - 1] + halves[i])
-    ceiling = high + line
-    for i in reversed(range(len(labels))):  # ... and down again from the panel's top.
-        centres[i] = min(centres[i], ceiling - halves[i])
-        ceiling = centres[i] - halves[i]
-    for centre, (_, text, colour) in zip(centres, labels, strict=True):
-        axes.annotate(
-            text,
-            xy=(1, centre),
-            xycoords=("axes fraction", "data"),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="center",
-            size=9,
-            color=colour,
-            annotation_clip=False,
-        )
-
-
-def _write(axes, x: float, y: float, text: str, *, size: float = 9.5, color=_TEXT, **style) -> None:
-    axes.text(x, y, text, size=size, color=color, va="center_baseline", linespacing=1.1, **style)

@@ -100,6 +100,7 @@ def test_umtra_draws_every_ordered_choice_of_pictures_equally_often():
     assert ((counts - 1000) ** 2 / 1000).sum() < 31.3  # 11 degrees of freedom, 0.001
 
 
+@pytest.mark.slow
 def test_umtra_under_jit_and_vmap_equals_a_loop_and_keeps_bytes():
     images = np.random.default_rng(0).integers(0, 256, (9, 8, 8, 1)).astype(np.uint8)
 

@@ -120,7 +120,7 @@ def test_other_ways_in_training_are_refused_where_a_head_has_a_fixed_number():
     few_shot.check(dataclasses.replace(SMOKE, train_ways=20, learner="prototypical"))
 
 
-@pytest.mark.parametrize("labels", ["umtra", "cactus"])
+@pytest.mark.parametrize("labels", ["umtra", pytest.param("cactus", marks=pytest.mark.slow)])
 def test_training_without_labels_draws_episodes_of_the_shape_asked(tmp_path, labels):
     config = dataclasses.replace(
         SMOKE, labels=labels, num_queries=2, image_size=8, run_dir=tmp_path, pretraining_steps=3

@@ -161,6 +161,7 @@ def test_metrics_are_those_of_the_query_after_the_last_step():
     assert_close(jax.jit(loss_fn)(params, task, KEY)[1]["context"], path[-1])
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     params, tasks = example()
     grad_fn = gradients(cavia_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=2))

@@ -166,6 +166,7 @@ def test_memory_does_not_grow_with_the_inner_steps_but_that_of_maml_does():
     )
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     params, tasks = example()
     grad_fn = implicit()

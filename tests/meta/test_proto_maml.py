@@ -184,6 +184,7 @@ def test_only_inductive_answers_do_not_depend_on_the_other_queries():
         assert (difference < 1e-12) if inductive else (difference > 1e-3)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     params, first = example()
     tasks = [first, example(1)[1]]

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 import references
-from toy_tasks import KEY, example, net, one_task, plain_loss, regression
+from toy_tasks import KEY, example, one_task, plain_loss, regression
 
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.reptile import mini_batches, reptile_gradients
@@ -58,6 +58,7 @@ def test_equals_a_plain_loop_in_direction_and_query_loss(optimizer, num_steps):
     assert_close(metrics, {"loss": loss, "root": jnp.sqrt(loss)})
 
 
+@pytest.mark.slow
 def test_batched_is_the_mean_of_serial_directions():
     params, tasks = example()
     grad_fn = reptile_gradients(
@@ -211,7 +212,9 @@ def test_vmap_equals_a_loop():
 
 def test_where_the_support_teaches_nothing_the_direction_is_zero_and_finite():
     params, task = one_task()
-    perfect = Episode((task.support[0], net(params, task.support[0])), task.query)
+    # Zeros are answered exactly, whatever the rounding, which Adam would blow up.
+    params = jax.tree.map(jnp.zeros_like, params)
+    perfect = Episode((task.support[0], jnp.zeros_like(task.support[1])), task.query)
     grad_fn = reptile_gradients(regression, inner_optimizer=optax.adam(RATE, b1=0.0), num_steps=3)
     direction, metrics = jax.jit(grad_fn)(params, perfect, KEY)
     chex.assert_tree_all_finite((direction, metrics))

@@ -33,7 +33,7 @@ def conv_in_numpy(x, kernel, bias, stride=1):
     return result
 
 
-@pytest.mark.parametrize("shape", [(8, 8, 1), (7, 10, 2)])
+@pytest.mark.parametrize("shape", [pytest.param((8, 8, 1), marks=pytest.mark.slow), (7, 10, 2)])
 def test_equals_the_same_net_written_in_numpy(shape):
     net = Autoencoder(shape, num_latents=3, num_filters=2)
     images = random(2, *shape)

@@ -140,6 +140,7 @@ def test_gradient_equals_finite_differences():
         np.testing.assert_allclose(actual, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing():
     tasks = [example(), tuple(2 * x for x in example())]
     one = jax.jit(jax.value_and_grad(loss))

@@ -127,6 +127,7 @@ def test_batch_norm_is_finite_for_a_constant_batch():
     assert jnp.isfinite(grads).all()
 
 
+@pytest.mark.slow
 def test_images_after_the_reference_are_answered_one_by_one():
     """Inductive prediction: an answer depends on the support images and its own, on no other."""
     net = Conv4(3, num_filters=8)

@@ -37,7 +37,9 @@ def test_has_the_parameters_of_conv4_and_one_linear_layer_more():
     assert jax.tree.map(jnp.shape, film) == jax.tree.map(jnp.shape, conv4)
 
 
-@pytest.mark.parametrize(("strided", "num_reference"), [(True, 3), (False, None)])
+@pytest.mark.parametrize(
+    ("strided", "num_reference"), [(True, 3), pytest.param(False, None, marks=pytest.mark.slow)]
+)
 def test_a_context_of_zeros_is_conv4_in_value_and_gradient(strided, num_reference):
     net, params, images = example(strided)
     conv4 = Conv4(4, num_filters=8, strided=strided)
@@ -92,6 +94,7 @@ def test_the_initial_net_learns_from_a_context_of_zeros(strided):
     assert np.all(np.abs(slope(jnp.zeros(NUM_CONTEXT))) > 1e-4)
 
 
+@pytest.mark.slow
 def test_images_after_the_reference_are_answered_one_by_one():
     net, params, images = example(True)
     context = random(NUM_CONTEXT, seed=3)
