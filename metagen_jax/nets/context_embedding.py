@@ -42,13 +42,17 @@ class FullContextEmbedding(nn.Module):
           queries: `(queries, features)`.
 
         Returns:
-          Support and queries, of the same shapes.
+          Support and queries, of the same shapes and dtypes; computed in float32 or finer.
 
         Raises:
           UserError: if `num_steps` is less than 1.
         """
         if self.num_steps < 1:
             raise UserError(f"num_steps is {self.num_steps}; give 1 or more processing steps")
+        dtypes = support.dtype, queries.dtype
+        support, queries = (
+            x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (support, queries)
+        )
         cell = functools.partial(nn.OptimizedLSTMCell, support.shape[-1], dtype=support.dtype)
         read = nn.Bidirectional(
             nn.RNN(cell(name="forward")), nn.RNN(cell(name="backward")), merge_fn=jnp.add
@@ -74,4 +78,4 @@ class FullContextEmbedding(nn.Module):
         )
         start = (jnp.zeros_like(queries), queries)
         (_, in_context), _ = steps(cell(name="attention"), start, None)
-        return support, in_context
+        return support.astype(dtypes[0]), in_context.astype(dtypes[1])
