@@ -123,8 +123,9 @@ def main(config: Config) -> dict[str, Any]:
     """Meta-trains, tests, prints the tables, draws the pictures; gives the numbers by name."""
     check(config)
     splits = load_splits(config)
-    train = to_class_data(config, splits.train, train=True)
-    val, test = (to_class_data(config, images) for images in (splits.val, splits.test))
+    train = to_class_data(config, splits.train, "training")
+    val = to_class_data(config, splits.val, "validation")
+    test = to_class_data(config, splits.test, "test")
     describe = " / ".join(str(len(part.sizes) * config.rotations) for part in (train, val, test))
     turned = ", quarter turns being classes of their own" if config.rotations > 1 else ""
     print(f"{config.dataset}: {describe} classes for training / validation / test{turned}")

@@ -238,7 +238,14 @@ def with_learner(preset: Config, given: Config) -> Config:
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that would fail only after training, or without sense."""
-    counts = ("num_shots", "num_queries", "num_tasks", "num_validation_tasks", "num_filters")
+    counts = (
+        "num_shots",
+        "num_queries",
+        "num_tasks",
+        "num_validation_tasks",
+        "num_filters",
+        "chunk",
+    )
     steps = ("steps", "inner_steps", "pretraining_steps", "test_steps")
     program.require(
         *(

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from metagen_jax.data.unsupervised import (
     umtra_episode,
     whiten,
 )
+from metagen_jax.errors import UserError
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.autoencoder import Autoencoder
@@ -64,18 +66,24 @@ def load_splits(config: Config) -> ClassSplit:
         return ClassSplit(*(load(part, progress=progress) for part in parts))
 
 
-def to_class_data(config: Config, images: LabelledImages, *, train: bool = False) -> ClassData:
+def to_class_data(
+    config: Config, images: LabelledImages, part: Literal["training", "validation", "test"]
+) -> ClassData:
     """The images on the device, sorted by class, checked to suffice for the episodes."""
     data = group_by_class(images.images, images.labels)
+    train = part == "training"
     if train and config.labels != "true":
         return data
-    check_episodes(
-        data,
-        num_ways=(train and config.train_ways) or config.num_ways,
-        num_shots=(train and config.train_shots) or config.num_shots,
-        num_queries=config.num_queries if train else max(config.test_queries),
-        num_rotations=config.rotations,
-    )
+    try:
+        check_episodes(
+            data,
+            num_ways=(train and config.train_ways) or config.num_ways,
+            num_shots=(train and config.train_shots) or config.num_shots,
+            num_queries=config.num_queries if train else max(config.test_queries),
+            num_rotations=config.rotations,
+        )
+    except UserError as error:
+        raise UserError(f"the {part} classes of {config.dataset} do not suffice: {error}") from None
     return data
 
 

@@ -62,10 +62,13 @@ def test_presets_are_settings_that_make_sense(preset):
 def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
     images = colour_splits(None).test
     config = dataclasses.replace(SMOKE, num_ways=50, rotations=4)
-    with pytest.raises(UserError, match=r"50 classes and the data has 32 .*; lower num_ways"):
-        few_shot.to_class_data(config, images)
+    with pytest.raises(
+        UserError,
+        match=r"the test classes of glyphs .* 50 classes and the data has 32 .*; lower num_ways",
+    ):
+        few_shot.to_class_data(config, images, "test")
     with pytest.raises(UserError, match=r"need 16 examples of each class and the smallest .* 10"):
-        few_shot.to_class_data(SMOKE, images)
+        few_shot.to_class_data(SMOKE, images, "test")
 
 
 @pytest.mark.slow
@@ -125,7 +128,7 @@ def test_training_without_labels_draws_episodes_of_the_shape_asked(tmp_path, lab
     config = dataclasses.replace(
         SMOKE, labels=labels, num_queries=2, image_size=8, run_dir=tmp_path, pretraining_steps=3
     )
-    images = few_shot.to_class_data(config, colour_splits(None).train, train=True)
+    images = few_shot.to_class_data(config, colour_splits(None).train, "training")
     data, sample = few_shot.training_episodes(config, images)
     episode = sample(jax.random.key(0), data)
     assert episode.support[0].shape == (5, 8, 8, 3)
