@@ -129,7 +129,8 @@ def main(config: Config) -> dict[str, Any]:
     describe = " / ".join(str(len(part.sizes) * config.rotations) for part in (train, val, test))
     turned = ", quarter turns being classes of their own" if config.rotations > 1 else ""
     print(f"{config.dataset}: {describe} classes for training / validation / test{turned}")
-    print(f"meta-training by {config.learner}")
+    name = config.learner if config.labels == "true" else f"{config.learner}, {config.labels}"
+    print(f"meta-training by {name}")
     learner = LEARNERS[config.learner](config)
     # The same objects in validation and test, which then share compiled programs.
     samplers = {num_queries: sampler(config, num_queries) for num_queries in config.test_queries}
@@ -147,7 +148,7 @@ def main(config: Config) -> dict[str, Any]:
     }
     return numbers | few_shot_report.report(
         few_shot_report.Subject(
-            name=config.learner,
+            name=name,
             predict=learner.predict,
             params=result.best_params,
             pretrained=pretrained,

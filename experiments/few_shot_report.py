@@ -116,7 +116,8 @@ def report(
             )
             numbers[f"fine_tuned_steps{suffix}"] = chosen.num_steps
             numbers[f"fine_tuned_rate{suffix}"] = chosen.rate
-        title = f"{num_tasks} episodes of unseen classes, {num_queries} queries a class"
+        queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
+        title = f"{num_tasks} episodes of unseen classes, {queries} a class"
         shown = [row for step, row in enumerate(rows) if _is_shown(step, best, len(rows))]
         _print_table(title, [*shown, *others.values()], chosen=rows[best])
         numbers[f"queries_per_class{suffix}"] = num_queries
@@ -128,8 +129,8 @@ def report(
         if not suffix:
             curves = {f"{subject.name}, {mode}": learner[mode] for mode in MODES}
             curves |= {
-                f"{row.method}, transductive": row.accuracies["transductive"]
-                for row in others.values()
+                f"{row.method}{' (transductive)' * (key == 'fine_tuned')}": row.accuracies[MODES[0]]
+                for key, row in others.items()
             }
             _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
             path = run_dir / "adaptation.png"
@@ -140,7 +141,7 @@ def report(
         run_dir / "learning_curve.png",
         title=f"{what}: meta-training by {subject.name}",
         loss_label="Loss (nats)",
-        accuracy_label="Accuracy (%); of validation transductive, at the best step",
+        accuracy_label="Accuracy (%), validation: transductive",
     )
     print(f"pictures are in {run_dir}: learning_curve.png, adaptation.png, episode.png")
     return numbers
