@@ -83,7 +83,13 @@ def to_class_data(
             num_rotations=config.rotations,
         )
     except UserError as error:
-        raise UserError(f"the {part} classes of {config.dataset} do not suffice: {error}") from None
+        names = ("num_ways", "num_shots", "num_queries")
+        settings = {name: getattr(config, name) for name in names}
+        if train:
+            others = {"train_ways": config.train_ways, "train_shots": config.train_shots}
+            settings |= {name: value for name, value in others.items() if value is not None}
+        listed = ", ".join(f"{name} {value}" for name, value in settings.items())
+        raise UserError(f"the {part} classes of {config.dataset} ({listed}): {error}") from None
     return data
 
 
@@ -139,12 +145,18 @@ def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
                 augment=augment,
             )
         )
+    num_clusters = min(NUM_CLUSTERS, len(images) // 20)
+    if num_clusters < train.num_ways:
+        raise UserError(
+            f"there are {len(images)} pictures to train with, for {train.num_ways}-way episodes of "
+            f"clusters of 20; give {20 * train.num_ways} or more"
+        )
     clusters = cluster_classes(
         jax.random.key(config.seed),
         images,
         whiten(embed(config, images)),
         num_partitions=NUM_PARTITIONS,
-        num_clusters=min(NUM_CLUSTERS, len(images) // 20),
+        num_clusters=num_clusters,
         min_size=train.num_shots + config.num_queries,
     )
     return clusters, _normalised(

@@ -59,7 +59,11 @@ def run(num_processes):
         )
         for index in range(num_processes)
     ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0] * num_processes
     return [json.loads(output.splitlines()[-1]) for output in outputs]
 

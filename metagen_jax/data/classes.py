@@ -4,7 +4,6 @@ The class lists of Omniglot, the glyphs, CIFAR-FS and miniImageNet are frozen in
 README names their sources; `split_classes` splits any other set.
 """
 
-import math
 from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
@@ -107,11 +106,9 @@ def split_classes(
     edges = [round(edge * len(names) / total) for edge in np.cumsum(sizes)]
     asked_for = zip(ClassSplit._fields, sizes, np.diff([0, *edges]), strict=True)
     if empty := [part for part, size, count in asked_for if size and not count]:
-        needed = math.ceil(1 / min(size for size in sizes if size))
         raise DataError(
             f"the data have {len(names)} classes, of which fractions {sizes} leave none for "
-            f"{' and '.join(empty)}; give data of {needed} classes or more, other fractions, or "
-            "counts"
+            f"{' and '.join(empty)}; give data of more classes, other fractions, or counts"
         )
     # RandomState, as its numbers are frozen; those of NumPy's newer generators may change.
     order = np.random.RandomState(seed).permutation(len(names))

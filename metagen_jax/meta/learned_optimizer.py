@@ -25,6 +25,8 @@ from metagen_jax.types import Params, PRNGKey
 _TIMESCALES = (1.0, 3.0, 10.0, 30.0)
 # Of a leaf's root mean square, so that biases, which begin at zero, can leave it.
 _FLOOR = 0.1
+# Of a gradient's size, so that its square is finite in float32.
+_LARGEST = 1e15
 
 
 class LearnedOptimizerParams(NamedTuple):
@@ -106,7 +108,8 @@ def learned_optimizer(
 
     (after Metz et al. 2020, Tasks, stability, architecture, and compute, where the step has neither
     r nor the two tanh). All features but the logarithms are bounded, and so is the step: by
-    `scale * r * e^log_range`, whatever a trained rule meets. The cost is a few hundred to a few
+    `scale * r * e^log_range`, whatever gradients a trained rule meets, infinite ones included, but
+    not NaN. The cost is a few hundred to a few
     thousand products for each parameter.
 
     Args:
@@ -132,6 +135,7 @@ def learned_optimizer(
             raise UserError("params is None; a learned optimiser's update needs the parameters")
         # All leaves at once: one by one, a step would compile and run several times as long.
         gradient, _ = ravel_pytree(updates)
+        gradient = jnp.clip(gradient, -_LARGEST, _LARGEST)
         parameter, unravel = ravel_pytree(params)
         time = state.steps + 1
         momentum = decays * state.momentum + (1 - decays) * gradient[:, None]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import few_shot, few_shot_data, program
+from experiments import few_shot, few_shot_data, few_shot_report, program
 from metagen_jax.data.classes import ClassSplit, LabelledImages
 from metagen_jax.errors import UserError
 
@@ -46,6 +46,10 @@ def test_ink_of_letters_is_high_and_colours_stay_as_they_are():
         ({"test_queries": (5, 0)}, "test_queries is (5, 0)"),
         ({"num_test_tasks": 1}, "need 2 or more for an interval"),
         ({"split": "lake"}, "split is lake and dataset glyphs"),
+        ({"train_shots": 0}, "train_shots is 0; give 1 or more"),
+        ({"outer_rate": -1.0}, "outer_rate is -1.0; give more than 0"),
+        ({"inner_rate": float("nan")}, "inner_rate is nan"),
+        ({"dataset": "cifar_fs"}, "image_size is 28; cifar_fs has pictures of 32"),
     ],
 )
 def test_settings_that_would_fail_after_training_are_refused_before(settings, says):
@@ -88,8 +92,8 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
                 assert numbers[f"{name}_interval{mode}{suffix}"] >= 0
     assert numbers["queries_per_class"] == 1
     assert numbers["queries_per_class_3_queries"] == 3
-    assert numbers["fine_tuned_steps"] >= 0
-    assert numbers["fine_tuned_rate"] > 0
+    assert numbers["fine_tuned_steps"] <= few_shot_report.FINE_TUNING_STEPS
+    assert numbers["fine_tuned_rate"] in few_shot_report.FINE_TUNING_RATES
     last = len([name for name in numbers if re.fullmatch(r"after_\d+_steps_accuracy", name)])
     assert (last > 0) == (learner != "prototypical")
     # Chance is 1 in 5; colours are told apart by their pixels, and by what is adapted to them.

@@ -50,6 +50,48 @@ def test_log_and_sign_by_hand():
     np.testing.assert_allclose(log_and_sign(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_two_steps_on_two_leaves_equal_numpy():
+    rule_params = trained()
+    rng = np.random.default_rng(3)
+    params = {"a": rng.normal(size=(2, 2)), "b": rng.normal(size=3)}
+    grads = [{"a": rng.normal(size=(2, 2)), "b": 1e-3 * rng.normal(size=3)} for _ in range(2)]
+    decays = 1 / (1 + np.exp(-np.asarray(rule_params.decay_logits)))
+    (kernel, bias), (last_kernel, last_bias) = jax.tree.map(np.asarray, rule_params.layers)
+    expected = {}
+    for name, x in params.items():
+        x = x.ravel()
+        momentum, second_moment = np.zeros((2, x.size, 2))
+        for time, g in enumerate((grad[name].ravel() for grad in grads), start=1):
+            momentum = decays * momentum + (1 - decays) * g[:, None]
+            second_moment = decays * second_moment + (1 - decays) * g[:, None] ** 2
+            m, v = (moment / (1 - decays**time) for moment in (momentum, second_moment))
+            raw = np.concatenate([x[:, None], g[:, None], m], 1)
+            squares = (raw**2).mean(0) + 1e-10
+            columns = [
+                log_and_sign(jnp.asarray(g)),
+                raw / np.sqrt(squares),
+                m / np.sqrt(v + 1e-10),
+                np.tile(np.log(squares[:2]) / 20, (x.size, 1)),
+                np.tile(np.tanh(time / np.array([1, 3, 10, 30])), (x.size, 1)),
+            ]
+            hidden = np.maximum(np.concatenate(columns, 1) @ kernel + bias, 0)
+            direction, magnitude = (hidden @ last_kernel + last_bias).T
+            length = 0.05 * np.sqrt((x**2).mean() + 0.1**2)
+            x = x - length * np.tanh(direction) * np.exp(3 * np.tanh(magnitude))
+        expected[name] = x.reshape(params[name].shape)
+    after = take(rule_params, *jax.tree.map(jnp.asarray, (params, grads)))
+    for name, x in expected.items():
+        np.testing.assert_allclose(after[name], x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("size", [1e20, np.inf])
+def test_steps_are_finite_in_float32_for_gradients_whose_squares_are_not(size):
+    with jax.enable_x64(False):
+        rule_params = jax.tree.map(jnp.float32, trained())
+        params, grads = jnp.ones(3, jnp.float32), jnp.array([0.0, 1.0, -size], jnp.float32)
+        assert np.isfinite(take(rule_params, params, [grads] * 3)).all()
+
+
 def test_coordinates_are_treated_alike_whatever_their_order_and_shape():
     rng = np.random.default_rng(1)
     params, grads = jnp.asarray(rng.normal(size=6)), jnp.asarray(rng.normal(size=(2, 6)))
