@@ -48,11 +48,13 @@ class LearnedOptimizerState(NamedTuple):
       steps: taken so far.
       momentum: `(parameters, decays)`, running averages of the gradient.
       second_moment: `(parameters, decays)`, those of its square.
+      length: `(parameters,)`, what steps are relative to: r of `learned_optimizer`.
     """
 
     steps: Int32[Array, ""]
     momentum: Float[Array, "parameters decays"]
     second_moment: Float[Array, "parameters decays"]
+    length: Float[Array, " parameters"]
 
 
 def init_learned_optimizer(
@@ -95,9 +97,11 @@ def learned_optimizer(
     """An optax optimiser whose step is a small network's answer, asked for each coordinate.
 
     `theta' = theta - scale * r * tanh(direction) * exp(log_range * tanh(magnitude))`, with
-    `r = sqrt(mean(theta^2) + 0.1^2)` over the leaf, so that wide layers, whose weights are small,
-    take small steps, and `(direction, magnitude) = network(features)`, the features of one
-    coordinate being
+    `r = sqrt(mean(theta_0^2) + 0.1^2)` over the leaf at its start, so that wide layers, whose
+    weights are small, take small steps. With `network(odd, even) = (d, m)` the direction is
+    `(d(odd, even) - d(-odd, even)) / 2`, the magnitude `(m(odd, even) + m(-odd, even)) / 2`: turned
+    signs turn the step, and where gradients are but noise it has no drift. The features of one
+    coordinate, odd where they have its sign, are
 
     - log-magnitude and sign of its gradient: `log_and_sign` (Andrychowicz et al. 2016);
     - for each decay its momentum m, relative to the root mean square of the whole leaf's, and
@@ -107,10 +111,9 @@ def learned_optimizer(
     - the time, `tanh(steps / tau)` for tau of 1, 3, 10 and 30 steps
 
     (after Metz et al. 2020, Tasks, stability, architecture, and compute, where the step has neither
-    r nor the two tanh). All features but the logarithms are bounded, and so is the step: by
+    r nor tanh nor symmetry). All features but the logarithms are bounded, and so is the step: by
     `scale * r * e^log_range`, whatever gradients a trained rule meets, infinite ones included, but
-    not NaN. The cost is a few hundred to a few
-    thousand products for each parameter.
+    not NaN. The cost is some thousand products for each parameter.
 
     Args:
       rule_params: see `init_learned_optimizer`.
@@ -128,7 +131,9 @@ def learned_optimizer(
     def init(params: Params) -> LearnedOptimizerState:
         flat, _ = ravel_pytree(params)
         zeros = jnp.zeros((flat.size, len(decays)), jnp.result_type(flat, decays))
-        return LearnedOptimizerState(jnp.zeros((), jnp.int32), zeros, zeros)
+        squares = _leaf_means(jnp.square(flat)[:, None], _sizes(params))[:, 0]
+        length = jnp.sqrt(squares + _FLOOR**2)
+        return LearnedOptimizerState(jnp.zeros((), jnp.int32), zeros, zeros, length)
 
     def update(updates: Params, state: Any, params: Params | None = None):
         if params is None:
@@ -142,12 +147,16 @@ def learned_optimizer(
         second_moment = decays * state.second_moment + (1 - decays) * jnp.square(gradient)[:, None]
         unbiased = 1 / (1 - decays**time)
         raw = jnp.column_stack([parameter, gradient, momentum * unbiased])
-        mean_squares = _leaf_means(raw**2, [x.size for x in jax.tree.leaves(params)])
-        features = _features(raw, mean_squares, second_moment * unbiased, time, epsilon)
-        direction, magnitude = _network(rule_params.layers, features).T
-        length = scale * jnp.sqrt(mean_squares[:, 0] + _FLOOR**2)
-        step = -length * jnp.tanh(direction) * jnp.exp(log_range * jnp.tanh(magnitude))
-        state = LearnedOptimizerState(time, momentum, second_moment)
+        mean_squares = _leaf_means(raw**2, _sizes(params))
+        odd, even = _features(raw, mean_squares, second_moment * unbiased, time, epsilon)
+        answers = (
+            _network(rule_params.layers, jnp.concatenate([signed, even], axis=1))
+            for signed in (odd, -odd)
+        )
+        (d, m), (d_turned, m_turned) = (answer.T for answer in answers)
+        size = jnp.exp(log_range * jnp.tanh((m + m_turned) / 2))
+        step = -scale * state.length * jnp.tanh((d - d_turned) / 2) * size
+        state = LearnedOptimizerState(time, momentum, second_moment, state.length)
         return unravel(step.astype(parameter.dtype)), state
 
     return optax.GradientTransformation(init, update)
@@ -171,6 +180,10 @@ def log_and_sign(x: Float[Array, "*shape"], *, p: float = 10.0) -> Float[Array, 
     return jnp.stack([first, second], axis=-1)
 
 
+def _sizes(params: Params) -> list[int]:
+    return [x.size for x in jax.tree.leaves(params)]
+
+
 def _leaf_means(x: Float[Array, "n k"], sizes: Sequence[int]) -> Float[Array, "n k"]:
     """In the place of each row the mean over the rows of its leaf; the leaves have these sizes."""
     ends = list(itertools.accumulate(sizes))[:-1]
@@ -184,25 +197,27 @@ def _features(
     second_moment: Float[Array, "n decays"],
     time: Int[Array, ""],
     epsilon: float,
-) -> Float[Array, "n features"]:
-    """What the network sees of each coordinate.
+) -> tuple[Float[Array, "n odd"], Float[Array, "n even"]]:
+    """What the network sees of each coordinate: what has its sign, and what has not.
 
     `raw` holds parameter, gradient and momenta, `mean_squares` the means of their squares over the
     leaf.
     """
     _, gradient, momentum = jnp.split(raw, (1, 2), axis=1)
+    log, sign = jnp.split(log_and_sign(gradient[:, 0]), 2, axis=1)
     times = jnp.tanh(time / jnp.array(_TIMESCALES))
-    return jnp.concatenate(
-        [
-            log_and_sign(gradient[:, 0]),
-            raw * jax.lax.rsqrt(mean_squares + epsilon),
-            momentum * jax.lax.rsqrt(second_moment + epsilon),
-            # Of parameter and gradient; scaled as `log_and_sign` scales, being squares.
-            jnp.log(mean_squares[:, :2] + epsilon) / 20,
-            jnp.broadcast_to(times, (len(raw), len(times))),
-        ],
-        axis=1,
-    )
+    odd = [
+        sign,
+        raw * jax.lax.rsqrt(mean_squares + epsilon),
+        momentum * jax.lax.rsqrt(second_moment + epsilon),
+    ]
+    even = [
+        log,
+        # Of parameter and gradient; scaled as `log_and_sign` scales, being squares.
+        jnp.log(mean_squares[:, :2] + epsilon) / 20,
+        jnp.broadcast_to(times, (len(raw), len(times))),
+    ]
+    return jnp.concatenate(odd, axis=1), jnp.concatenate(even, axis=1)
 
 
 def _network(layers, x: Float[Array, "n features"]) -> Float[Array, "n 2"]:

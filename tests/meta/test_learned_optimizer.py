@@ -60,6 +60,7 @@ def test_two_steps_on_two_leaves_equal_numpy():
     expected = {}
     for name, x in params.items():
         x = x.ravel()
+        length = 0.05 * np.sqrt((x**2).mean() + 0.1**2)
         momentum, second_moment = np.zeros((2, x.size, 2))
         for time, g in enumerate((grad[name].ravel() for grad in grads), start=1):
             momentum = decays * momentum + (1 - decays) * g[:, None]
@@ -67,17 +68,21 @@ def test_two_steps_on_two_leaves_equal_numpy():
             m, v = (moment / (1 - decays**time) for moment in (momentum, second_moment))
             raw = np.concatenate([x[:, None], g[:, None], m], 1)
             squares = (raw**2).mean(0) + 1e-10
-            columns = [
-                log_and_sign(jnp.asarray(g)),
-                raw / np.sqrt(squares),
-                m / np.sqrt(v + 1e-10),
+            log, sign = np.split(log_and_sign(jnp.asarray(g)), 2, axis=1)
+            odd = [sign, raw / np.sqrt(squares), m / np.sqrt(v + 1e-10)]
+            even = [
+                log,
                 np.tile(np.log(squares[:2]) / 20, (x.size, 1)),
                 np.tile(np.tanh(time / np.array([1, 3, 10, 30])), (x.size, 1)),
             ]
-            hidden = np.maximum(np.concatenate(columns, 1) @ kernel + bias, 0)
-            direction, magnitude = (hidden @ last_kernel + last_bias).T
-            length = 0.05 * np.sqrt((x**2).mean() + 0.1**2)
-            x = x - length * np.tanh(direction) * np.exp(3 * np.tanh(magnitude))
+            directions, magnitudes = [], []
+            for turned in (1, -1):
+                features = np.concatenate([*(turned * y for y in odd), *even], 1)
+                hidden = np.maximum(features @ kernel + bias, 0)
+                direction, magnitude = (hidden @ last_kernel + last_bias).T
+                directions.append(turned * direction / 2)
+                magnitudes.append(magnitude / 2)
+            x = x - length * np.tanh(sum(directions)) * np.exp(3 * np.tanh(sum(magnitudes)))
         expected[name] = x.reshape(params[name].shape)
     after = take(rule_params, *jax.tree.map(jnp.asarray, (params, grads)))
     for name, x in expected.items():
@@ -124,6 +129,15 @@ def test_a_step_is_bounded_relative_to_the_size_of_the_leaf():
         bound = 0.05 * np.exp(3) * np.sqrt(np.mean(x**2) + 0.01)
         step = np.abs(after[name] - x).max()
         assert 0 < step <= bound * (1 + 1e-9)
+
+
+def test_turned_signs_turn_the_steps_and_without_a_gradient_zeros_stay():
+    rng = np.random.default_rng(2)
+    params, grads = jnp.asarray(rng.normal(size=6)), jnp.asarray(rng.normal(size=(3, 6)))
+    np.testing.assert_allclose(
+        take(trained(), -params, -grads), -take(trained(), params, grads), rtol=1e-12
+    )
+    np.testing.assert_array_equal(take(trained(), jnp.zeros(3), [jnp.zeros(3)] * 3), 0)
 
 
 def test_meta_gradient_equals_finite_differences():
