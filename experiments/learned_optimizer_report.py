@@ -13,6 +13,9 @@ from experiments.learned_optimizer_tasks import LEARNED, NUM_RATES, RIVALS, Comp
 from metagen_jax.evaluation import figures
 from metagen_jax.evaluation.estimates import Estimate, estimate
 
+# Losses below are not drawn.
+_LOWEST = 1e-6
+
 
 def margin(comparison: Comparison, rival: str, step: int) -> Estimate:
     """How much higher a rival's loss is than the learned optimiser's, task by task."""
@@ -86,6 +89,7 @@ def draw(
             axes.fill_between(steps, low, high, color=colour, alpha=0.2, lw=0)
         axes.axvline(horizon, color=figures.QUIET, ls=":", lw=1)
         axes.set_yscale("log")
+        axes.set_ylim(bottom=_LOWEST)
         figures.finish(axes, f"steps; dotted: {horizon}, the runs of meta-training", kind)
         axes.legend(fontsize="small", frameon=False)
     figures.save(figure, path)
