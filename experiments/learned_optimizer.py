@@ -260,8 +260,9 @@ def main(config: Config) -> dict[str, Any]:
     validation_data = task_data(glyphs, VALIDATION)
 
     def validate(params: Params) -> dict[str, float]:
+        # On the host: training may use fewer devices than validation.
         losses = loss_curves(
-            params,
+            jax.device_get(params),
             validation_data,
             jax.random.key(VALIDATION_SEED),
             family=VALIDATION,
@@ -277,7 +278,7 @@ def main(config: Config) -> dict[str, Any]:
     trained = train(config, glyphs, validate)
     comparisons = {
         family.name: compare(
-            trained.best_params,
+            jax.device_get(trained.best_params),
             task_data(glyphs, family),
             jax.random.key(TEST_SEED),
             family=family,
