@@ -5,6 +5,8 @@
     python -m experiments.few_shot --preset omniglot-20w1s --data-dir DIR
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --learner reptile
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --labels umtra
+    python -m experiments.few_shot --preset omniglot-20w1s --data-dir DIR --learner prototypical \
+        --checkpoint runs/few_shot-omniglot-5w1s-prototypical        # tests a run at other ways
 
 Meta-trains the four-block net on episodes of the training classes, keeps the
 checkpoint that is best on validation classes, and reports accuracy on `num_test_tasks` episodes of
@@ -37,7 +39,7 @@ from metagen_jax.evaluation import few_shot
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.parallel import data_parallel, replicate
 from metagen_jax.supervised import cross_entropy_loss
-from metagen_jax.training import FitResult, fit, init_state, train_step
+from metagen_jax.training import FitResult, fit, init_state, load_params, train_step
 from metagen_jax.types import Episode, Params, PRNGKey
 
 
@@ -130,34 +132,46 @@ def main(config: Config) -> dict[str, Any]:
     turned = ", quarter turns being classes of their own" if config.rotations > 1 else ""
     print(f"{config.dataset}: {describe} classes for training / validation / test{turned}")
     name = config.learner if config.labels == "true" else f"{config.learner}, {config.labels}"
-    print(f"meta-training by {name}")
+    what = f"{config.dataset}, {config.num_ways}-way {config.num_shots}-shot"
     learner = LEARNERS[config.learner](config)
     # The same objects in validation and test, which then share compiled programs.
     samplers = {num_queries: sampler(config, num_queries) for num_queries in config.test_queries}
-    result = meta_train(config, learner, train, val, samplers[config.test_queries[0]])
+    numbers: dict[str, Any] = {"num_tasks": config.num_test_tasks}
     pretrained = None
-    if config.baselines:
-        print("pretraining a classifier of all training classes, to fine-tune as a baseline")
-        pretrained = pretrain(config, train)
-    numbers: dict[str, Any] = {
-        "num_tasks": config.num_test_tasks,
-        "best_step": result.best_step,
-        "train_seconds": round(result.train_seconds, 1),
-        "validation_seconds": round(result.validation_seconds, 1),
-        "tasks_per_second": round(result.steps_per_second * config.num_tasks, 1),
-    }
+    if config.checkpoint is not None:
+        print(f"{name} as {config.checkpoint} has it")
+        params = load_params(
+            config.checkpoint,
+            learner.init(jax.random.key(config.seed), normalise(train.examples[:1])),
+        )
+    else:
+        print(f"meta-training by {name}")
+        result = meta_train(config, learner, train, val, samplers[config.test_queries[0]])
+        params = result.best_params
+        numbers |= {
+            "best_step": result.best_step,
+            "train_seconds": round(result.train_seconds, 1),
+            "validation_seconds": round(result.validation_seconds, 1),
+            "tasks_per_second": round(result.steps_per_second * config.num_tasks, 1),
+        }
+        few_shot_report.draw_learning_curve(
+            config.run_dir, title=f"{what}: meta-training by {name}"
+        )
+        if config.baselines:
+            print("pretraining a classifier of all training classes, to fine-tune as a baseline")
+            pretrained = pretrain(config, train)
     return numbers | few_shot_report.report(
         few_shot_report.Subject(
             name=name,
             predict=learner.predict,
-            params=result.best_params,
+            params=params,
             pretrained=pretrained,
             apply=make_net(config, config.num_ways).apply,
         ),
         samplers,
         val,
         test,
-        what=f"{config.dataset}, {config.num_ways}-way {config.num_shots}-shot",
+        what=what,
         num_ways=config.num_ways,
         num_tasks=config.num_test_tasks,
         chunk=config.chunk,

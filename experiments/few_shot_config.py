@@ -115,6 +115,10 @@ class Config:
     """Where everything of the run is written."""
     resume: bool = False
     """Go on from the last checkpoint of the run's folder."""
+    checkpoint: Path | None = None
+    """Folder of an earlier run: its best parameters are tested on these data, ways and shots, and
+    nothing is trained. The learner and the net must be those of that run; metric learners take
+    other ways."""
 
 
 # Published: 60,000 steps; 5-way 1 inner step at 0.4, 20-way 5 at 0.1; Adam at 1e-3; as many queries
@@ -232,7 +236,8 @@ def with_learner(preset: Config, given: Config) -> Config:
     shortened = preset.dataset == "omniglot" and preset.num_shots == 1 and preset.cosine
     if shortened and given.learner in _OMNIGLOT_STEPS:
         settings["steps"] = _OMNIGLOT_STEPS[given.learner]
-    run_dir = preset.run_dir.with_name("-".join((preset.run_dir.name, *changed.values())))
+    ends = (*changed.values(), *(["tested"] if given.checkpoint is not None else []))
+    run_dir = preset.run_dir.with_name("-".join((preset.run_dir.name, *ends)))
     baselines = preset.baselines and not changed
     return replace(preset, **settings, **changed, run_dir=run_dir, baselines=baselines)
 

@@ -76,7 +76,7 @@ def report(
       num_tasks: episodes of the test.
       chunk: how many episodes a device works on at once.
       devices: what to spread the episodes over.
-      run_dir: where pictures are written, and where `metrics.jsonl` is.
+      run_dir: where pictures are written.
 
     Returns:
       The numbers of the tables; those of later samplers end in `_15_queries` and the like.
@@ -119,7 +119,8 @@ def report(
         queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
         title = f"{num_tasks} episodes of unseen classes, {queries} a class"
         shown = [row for step, row in enumerate(rows) if _is_shown(step, best, len(rows))]
-        _print_table(title, [*shown, *others.values()], chosen=rows[best])
+        chosen_row = rows[best] if len(rows) > 1 else None
+        _print_table(title, [*shown, *others.values()], chosen=chosen_row)
         numbers[f"queries_per_class{suffix}"] = num_queries
         numbers[f"adaptation_steps{suffix}"] = best
         found = {f"after_{row.steps}_steps": row for row in shown[1:]}
@@ -135,16 +136,22 @@ def report(
             _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
             path = run_dir / "adaptation.png"
             plots.plot_adaptation(curves, path, title=f"{what}: {title}", chance=1 / num_ways)
+    print(f"pictures of the test are in {run_dir}: adaptation.png, episode.png")
+    return numbers
+
+
+def draw_learning_curve(run_dir: Path, *, title: str) -> None:
+    """Draws the `metrics.jsonl` of a run into its `learning_curve.png`."""
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    path = run_dir / "learning_curve.png"
     plots.plot_learning_curve(
         map(json.loads, lines),
-        run_dir / "learning_curve.png",
-        title=f"{what}: meta-training by {subject.name}",
+        path,
+        title=title,
         loss_label="Loss (nats)",
         accuracy_label="Accuracy (%), validation: transductive",
     )
-    print(f"pictures are in {run_dir}: learning_curve.png, adaptation.png, episode.png")
-    return numbers
+    print(f"the picture of the training is {path}")
 
 
 def _fine_tuned(
@@ -190,12 +197,13 @@ def _numbers(name: str, row: Row, suffix: str) -> dict[str, float]:
     return numbers
 
 
-def _print_table(title: str, rows: list[Row], *, chosen: Row) -> None:
-    table = rich.table.Table(
-        title=f"Accuracy on {title}",
-        caption="mean ± 95 % interval; transductive: queries normalised together; inductive: each "
-        "by itself; *: the number of steps that validated best",
+def _print_table(title: str, rows: list[Row], *, chosen: Row | None) -> None:
+    caption = (
+        "mean ± 95 % interval; transductive: queries normalised together; inductive: each by itself"
     )
+    if chosen is not None:
+        caption += "; *: the number of steps that validated best"
+    table = rich.table.Table(title=f"Accuracy on {title}", caption=caption)
     table.add_column("method")
     table.add_column("steps on the support set")
     for mode in MODES:

@@ -107,6 +107,26 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
     }
 
 
+@pytest.mark.slow
+def test_a_checkpoint_is_tested_at_other_ways_and_nothing_is_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(few_shot, "load_splits", colour_splits)
+    trained, elsewhere, of_maml = (tmp_path / name for name in ("trained", "elsewhere", "of_maml"))
+    config = dataclasses.replace(
+        SMOKE, learner="prototypical", test_queries=(3,), num_filters=4, run_dir=trained
+    )
+    elsewhere.mkdir()
+    numbers = few_shot.main(config)
+    tested = dataclasses.replace(config, checkpoint=trained)
+    again = few_shot.main(dataclasses.replace(tested, run_dir=elsewhere))
+    assert again["test_accuracy"] == numbers["test_accuracy"]
+    assert "train_seconds" not in again
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["adaptation.png", "episode.png"]
+    easier = few_shot.main(dataclasses.replace(tested, num_ways=2, run_dir=elsewhere))
+    assert easier["test_accuracy"] > numbers["test_accuracy"]
+    with pytest.raises(UserError, match="another model"):
+        few_shot.main(dataclasses.replace(tested, learner="maml", run_dir=of_maml))
+
+
 def test_a_learner_brings_its_settings_and_a_folder_of_its_own_and_flags_win_over_them():
     def parse(*argv):
         return program.parse(
@@ -118,6 +138,7 @@ def test_a_learner_brings_its_settings_and_a_folder_of_its_own_and_flags_win_ove
     assert reptile.num_queries == few_shot.PRESETS["omniglot-5w1s"].num_queries
     assert str(reptile.run_dir) == "runs/few_shot-omniglot-5w1s-reptile"
     assert not reptile.baselines
+    assert parse("--checkpoint", "x").run_dir.name == "few_shot-glyphs-tested"
     assert parse("--preset", "smoke", "--learner", "maml").baselines
 
 
