@@ -25,7 +25,7 @@ import optax
 from jaxtyping import PyTree
 
 from experiments import few_shot_report, program
-from experiments.few_shot_config import PRESETS, Config, check, with_learner
+from experiments.few_shot_config import PRESETS, Config, check, check_checkpoint, with_learner
 from experiments.few_shot_data import (
     load_splits,
     normalise,
@@ -124,6 +124,8 @@ def pretrain(config: Config, data: ClassData) -> Params:
 def main(config: Config) -> dict[str, Any]:
     """Meta-trains, tests, prints the tables, draws the pictures; gives the numbers by name."""
     check(config)
+    if config.checkpoint is not None:
+        check_checkpoint(config.checkpoint, config)
     splits = load_splits(config)
     train = to_class_data(config, splits.train, "training")
     val = to_class_data(config, splits.val, "validation")

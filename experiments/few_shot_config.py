@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments import program
+from metagen_jax.meta.metric import Distance
 from metagen_jax.nets.conv4 import Norm
 
 LearnerName = Literal[
@@ -71,6 +72,8 @@ class Config:
     """Steps of iMAML's conjugate gradients."""
     num_context: int = 64
     """Context parameters of CAVIA."""
+    distance: Distance = "squared_euclidean"
+    """Of a query from prototypes or examples, for metric learners."""
     num_filters: int = 64
     """Channels of each block of the net."""
     strided: bool = True
@@ -197,6 +200,9 @@ PRESETS |= {
     "mini-imagenet-5w5s": replace(_MINI_IMAGENET, num_shots=5, num_tasks=2),
 }
 
+# A validation without adaptation takes a second, and a large one chooses better.
+_MATCHING = {"num_tasks": 8, "num_queries": 5, "num_validation_tasks": 1000}
+
 # Over a preset's settings: what the learner is, whatever the data.
 _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
     "reptile": {
@@ -212,9 +218,14 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
     "imaml": {"inner_rate": 0.1, "inner_steps": 16, "test_steps": 16},
     "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
-    "prototypical": {"train_ways": 60, "num_queries": 5, "num_tasks": 2},
-    "matching": {"num_tasks": 8, "num_queries": 5},
-    "matching_fce": {"num_tasks": 8, "num_queries": 5},
+    "prototypical": {
+        "train_ways": 60,
+        "num_queries": 5,
+        "num_tasks": 2,
+        "num_validation_tasks": 1000,
+    },
+    "matching": _MATCHING,
+    "matching_fce": _MATCHING,
     "proto_maml": {"inner_rate": 0.1},
 }
 
@@ -242,6 +253,9 @@ def with_learner(preset: Config, given: Config) -> Config:
     return replace(preset, **settings, **changed, run_dir=run_dir, baselines=baselines)
 
 
+# Settings without which the parameters of a run mean something else.
+_OF_THE_NET = ("learner", "num_filters", "strided", "norm", "distance", "num_context")
+
 _COUNTS = (
     "image_size",
     "train_ways",
@@ -259,6 +273,23 @@ _COUNTS = (
     "pretraining_steps",
     "test_steps",
 )
+
+
+def check_checkpoint(checkpoint: Path, config: Config) -> None:
+    """Raises a UserError if a run is of another net or of other class lists than `config`."""
+    advice = "give the --run-dir of a run of experiments.few_shot as --checkpoint"
+    trained = program.read_settings(checkpoint, advice=advice)
+    same_data = trained.get("dataset") == config.dataset
+    for name in (*_OF_THE_NET, *(["split", "rotations"] if same_data else [])):
+        here = getattr(config, name)
+        there = trained.get(name, here)
+        program.require(
+            (
+                there == here,
+                f"checkpoint {checkpoint} is of a run with {name} {there}, here it is {here}; give "
+                f"the {name} of that run, or the checkpoint of another",
+            )
+        )
 
 
 def check(config: Config) -> None:

@@ -231,10 +231,13 @@ def cavia(config: Config) -> Learner:
 
 
 def prototypical(config: Config) -> Learner:
-    """Prototypical Networks, squared Euclidean distance."""
+    """Prototypical Networks."""
     net = make_net(config, None)
-    loss = metric.prototypical_loss(net.apply, num_ways=config.train_ways or config.num_ways)
-    predict = _without_steps(metric.prototypical_predict, net.apply, config.num_ways)
+    num_ways = config.train_ways or config.num_ways
+    loss = metric.prototypical_loss(net.apply, num_ways=num_ways, distance=config.distance)
+    predict = _without_steps(
+        metric.prototypical_predict, net.apply, config.num_ways, distance=config.distance
+    )
     return Learner(net.init, gradients(loss), predict)
 
 
@@ -257,7 +260,10 @@ def matching(config: Config, *, full_context: bool = False) -> Learner:
     def contextualise(params: Params, support: Array, queries: Array) -> Any:
         return context.apply(params["context"], support, queries)
 
-    options = {"contextualise": contextualise if full_context else None}
+    options: dict[str, Any] = {
+        "contextualise": contextualise if full_context else None,
+        "distance": config.distance,
+    }
     loss: LossFn = metric.matching_loss(embed, num_ways=num_ways, **options)
     predict = _without_steps(metric.matching_predict, embed, config.num_ways, **options)
     return Learner(init, gradients(loss), predict)

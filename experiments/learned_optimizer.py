@@ -26,6 +26,7 @@ from experiments import program
 from experiments.learned_optimizer_report import draw, numbers, show_table
 from experiments.learned_optimizer_tasks import (
     LEARNED,
+    NUM_EXAMPLES,
     RIVALS,
     Comparison,
     Family,
@@ -179,6 +180,11 @@ def start_runs(
     return over_tasks((rule_params, data), task_keys(key, config.num_tasks))
 
 
+def clip(direction: Params) -> Params:
+    """The direction, with a norm of 1 at most."""
+    return optax.clip_by_global_norm(1.0).update(direction, optax.EmptyState())[0]
+
+
 def meta_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn:
     """The compiled step: each inner run one unroll on, then the rule along the mean direction."""
 
@@ -192,12 +198,15 @@ def meta_step(config: Config, optimizer: optax.GradientTransformation) -> StepFn
         )
         tasks = (runs, task_keys(run_key, config.num_tasks))
         directions, runs, metrics = over_tasks(rule_params, tasks)
-        # One run that explodes must not drown the others.
-        clip = optax.clip_by_global_norm(1.0).update
-        directions = jax.vmap(lambda direction: clip(direction, optax.EmptyState())[0])(directions)
+        if config.estimator == "truncated":
+            # One run that explodes must not drown the others.
+            directions = jax.vmap(clip)(directions)
+        direction, metrics = jax.tree.map(lambda x: x.mean(0), (directions, metrics))
         fresh = start_runs(config, family, data, rule_params, start_key)
         runs = jax.vmap(functools.partial(restart, horizon=config.horizon))(runs, fresh)
-        return jax.tree.map(lambda x: x.mean(0), (directions, metrics)), runs
+        # The estimates of evolution strategies are long and noisy: cut one by one, even their mean
+        # would point elsewhere.
+        return (clip(direction), metrics), runs
 
     def step(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
         keys = task_keys(jax.random.fold_in(state.key, state.step), len(TRAINING))
@@ -221,12 +230,6 @@ def train(
     config: Config, glyphs: ClassSplit, validate: Callable[[Params], dict[str, float]]
 ) -> FitResult:
     """Meta-trains the learned optimiser."""
-    program.require(
-        (
-            config.horizon % config.unroll_steps == 0,
-            f"horizon is {config.horizon}; give a multiple of unroll_steps {config.unroll_steps}",
-        )
-    )
     init_key, start_key, train_key = jax.random.split(jax.random.key(config.seed), 3)
     optimizer = optax.adam(optax.cosine_decay_schedule(config.outer_rate, config.steps))
     params = init_learned_optimizer(init_key, hidden=config.hidden_sizes)
@@ -254,8 +257,45 @@ def train(
     )
 
 
+def check(config: Config) -> None:
+    """Raises a UserError for settings that would fail later, or without sense."""
+    counts = ("horizon", "unroll_steps", "steps", "num_tasks", "chunk")
+    program.require(
+        *(
+            (getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; give 1 or more")
+            for name in (*counts, "test_steps")
+        ),
+        *(
+            (getattr(config, name) >= 2, f"{name} is {getattr(config, name)}; give 2 or more")
+            for name in ("num_validation_tasks", "num_test_tasks")
+        ),
+        *(
+            (getattr(config, name) > 0, f"{name} is {getattr(config, name)}; give more than 0")
+            for name in ("outer_rate", "std")
+        ),
+        (
+            min(config.hidden_sizes, default=1) >= 1,
+            f"hidden_sizes is {config.hidden_sizes}; give numbers of 1 or more",
+        ),
+        (
+            1 <= config.batch_size <= NUM_EXAMPLES,
+            f"batch_size is {config.batch_size}; give 1 to {NUM_EXAMPLES}, the examples of a task",
+        ),
+        (
+            config.horizon % max(config.unroll_steps, 1) == 0,
+            f"horizon is {config.horizon}; give a multiple of unroll_steps {config.unroll_steps}",
+        ),
+        (
+            config.test_steps <= BEYOND * config.horizon,
+            f"test_steps is {config.test_steps}; give at most {BEYOND * config.horizon}, "
+            f"{BEYOND} times horizon {config.horizon}, where the test ends",
+        ),
+    )
+
+
 def main(config: Config) -> dict[str, Any]:
     """Meta-trains, compares on held-out tasks, prints the table and draws the figure."""
+    check(config)
     glyphs = ClassSplit(*(load_images("glyphs", part) for part in ClassSplit._fields))
     validation_data = task_data(glyphs, VALIDATION)
 

@@ -16,7 +16,6 @@ far the figures would be off for other patients. Writes `result.json` and `medic
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -139,16 +138,15 @@ def load_pretrained(config: Config) -> Pretrained:
     if config.checkpoint is None:
         net = Conv4(None, num_filters=8)
         return Pretrained(net, net.init(key, jnp.zeros((1, 28, 28, 1))), 28)
-    file = config.checkpoint / program.CONFIG
+    advice = "give the --run-dir of a run of experiments.few_shot as --checkpoint"
+    settings = program.read_settings(config.checkpoint, advice=advice)
+    known = {field.name for field in dataclasses.fields(few_shot_config.Config)}
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        known = {field.name for field in dataclasses.fields(few_shot_config.Config)}
         trained = few_shot_config.Config(**{k: v for k, v in settings.items() if k in known})
         learner = few_shot_learners.LEARNERS[trained.learner](trained)
-    except (OSError, ValueError, AttributeError, KeyError) as error:
+    except (TypeError, AttributeError, KeyError) as error:
         raise UserError(
-            f"can't read the settings of a run of experiments.few_shot in {file} "
-            f"({one_line(error)}); give its --run-dir as --checkpoint"
+            f"{config.checkpoint} holds a run of other settings ({one_line(error)}); {advice}"
         ) from None
     images = jnp.zeros((1, trained.image_size, trained.image_size, 1))
     params = load_params(config.checkpoint, learner.init(key, images))

@@ -63,6 +63,7 @@ RESULT, CONFIG = "result.json", "config.json"
 _PLACES = ("run_dir", "resume", "data_dir", "num_devices", "chunk")
 """Settings of where a run is made and not of what it gives: they may change on resumption."""
 _OF_EVERY_RUN = {"seed", "run_dir", "resume", "num_devices"}
+_OTHER_RUN_DIR = "give another --run-dir, or remove that file"
 _OF_A_SESSION = ("command", "commit", "dirty", "started")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "metagen_jax")
 
@@ -177,7 +178,7 @@ def prepare_run_dir(config: Config) -> None:
             "give another --run-dir, or --resume to go on with that one"
         )
     if (folder / CONFIG).exists():
-        before = _read_config(folder / CONFIG)
+        before = read_settings(folder, advice=_OTHER_RUN_DIR)
         if config.resume:
             _check_same(settings, before, folder)
             return
@@ -190,16 +191,19 @@ def prepare_run_dir(config: Config) -> None:
     _write_json(folder / CONFIG, settings)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """The settings of a run, and its sessions."""
+def read_settings(folder: Path, *, advice: str) -> dict[str, Any]:
+    """The settings with which a run was started, from the `config.json` in its folder.
+
+    Raises:
+      UserError: that file can't be read or is not from a run; it ends with the `advice`.
+    """
+    file = folder / CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"can't read {file} ({one_line(error)}); give another --run-dir, or remove that file"
-        ) from None
+        raise UserError(f"can't read {file} ({one_line(error)}); {advice}") from None
     if not isinstance(config, dict) or not config.keys() >= _OF_EVERY_RUN:
-        raise UserError(f"{file} is not from a run of this program; give another --run-dir")
+        raise UserError(f"{file} is not from a run of this program; {advice}")
     return config
 
 
@@ -295,7 +299,7 @@ def timed_session(run_dir: Path, about: Mapping[str, Any]) -> Iterator[list[dict
     Gives all sessions of the run, this one last.
     """
     file = run_dir / CONFIG
-    config = _read_config(file)
+    config = read_settings(run_dir, advice=_OTHER_RUN_DIR)
     session = {**{name: about[name] for name in _OF_A_SESSION}, "seconds": None}
     sessions = [*config.get("sessions", []), session]
     _write_json(file, {**config, "sessions": sessions})

@@ -33,7 +33,7 @@ def maml_loss(
     `L(theta) = loss_fn(theta_K, query)`, `theta_{i+1} = theta_i - alpha grad loss_fn(theta_i,
     support)` for plain SGD: equation 1 of Finn et al. 2017. With weights w of the steps
     it is `sum_i w_i loss_fn(theta_i, query)`, i = 1..K, the multi-step loss of MAML++ (Antoniou et
-    al. 2019, equation 2).
+    al. 2019).
 
     Args:
       loss_fn: the loss of support and of query, each any pytree.

@@ -3,14 +3,17 @@
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import few_shot, few_shot_data, few_shot_report, program
+from experiments import few_shot, few_shot_config, few_shot_data, few_shot_report, program
+from experiments.few_shot_learners import LEARNERS
 from metagen_jax.data.classes import ClassSplit, LabelledImages
 from metagen_jax.errors import UserError
+from metagen_jax.types import Episode
 
 SMOKE = few_shot.PRESETS["smoke"]
 
@@ -75,6 +78,31 @@ def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
         few_shot.to_class_data(SMOKE, images, "test")
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_learner_has_a_direction_and_an_answer_in_both_modes(name):
+    given = dataclasses.replace(SMOKE, learner=name)
+    config = dataclasses.replace(
+        few_shot.with_learner(SMOKE, given), num_filters=4, train_ways=None, train_shots=None
+    )
+    images, labels = jnp.zeros((20, 28, 28, 1)), jnp.arange(20) % 5
+    episode = Episode((images, labels), (images, labels))
+    key = jax.random.key(0)
+    learner = LEARNERS[name](config)
+    params = jax.eval_shape(learner.init, key, images)
+    batch = episode
+    if learner.schedule is not None:
+        batch = (episode, jax.eval_shape(learner.schedule, jnp.int32(0)))
+    direction, metrics = jax.eval_shape(learner.grad_fn, params, batch, key)
+    chex.assert_trees_all_equal_shapes(direction, params)
+    assert metrics["loss"].shape == metrics["accuracy"].shape == ()
+    steps = 1 if name in ("prototypical", "matching", "matching_fce") else config.test_steps + 1
+    answers = jax.eval_shape(learner.predict, params, episode.support, images, key)
+    assert {mode: x.shape for mode, x in answers.items()} == {
+        "transductive": (steps, 20, 5),
+        "inductive": (steps, 20, 5),
+    }
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("learner", ["maml", "anil", "reptile", "maml_plus_plus", "prototypical"])
 def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed(
@@ -110,11 +138,12 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
 @pytest.mark.slow
 def test_a_checkpoint_is_tested_at_other_ways_and_nothing_is_trained(monkeypatch, tmp_path):
     monkeypatch.setattr(few_shot, "load_splits", colour_splits)
-    trained, elsewhere, of_maml = (tmp_path / name for name in ("trained", "elsewhere", "of_maml"))
+    trained, elsewhere = tmp_path / "trained", tmp_path / "elsewhere"
     config = dataclasses.replace(
         SMOKE, learner="prototypical", test_queries=(3,), num_filters=4, run_dir=trained
     )
     elsewhere.mkdir()
+    program.prepare_run_dir(config)
     numbers = few_shot.main(config)
     tested = dataclasses.replace(config, checkpoint=trained)
     again = few_shot.main(dataclasses.replace(tested, run_dir=elsewhere))
@@ -123,8 +152,21 @@ def test_a_checkpoint_is_tested_at_other_ways_and_nothing_is_trained(monkeypatch
     assert sorted(path.name for path in elsewhere.iterdir()) == ["adaptation.png", "episode.png"]
     easier = few_shot.main(dataclasses.replace(tested, num_ways=2, run_dir=elsewhere))
     assert easier["test_accuracy"] > numbers["test_accuracy"]
-    with pytest.raises(UserError, match="another model"):
-        few_shot.main(dataclasses.replace(tested, learner="maml", run_dir=of_maml))
+
+
+def test_a_checkpoint_of_another_net_or_of_other_class_lists_is_refused(tmp_path):
+    trained = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], run_dir=tmp_path / "trained")
+    program.prepare_run_dir(trained)
+    tested = dataclasses.replace(trained, checkpoint=trained.run_dir, num_ways=20)
+    few_shot_config.check_checkpoint(trained.run_dir, tested)
+    for other in ({"strided": False}, {"norm": "group"}, {"learner": "anil"}, {"split": "lake"}):
+        [(name, value)] = other.items()
+        with pytest.raises(UserError, match=f"with {name} .*, here it is {value}; give the {name}"):
+            few_shot.main(dataclasses.replace(tested, **other))
+    glyphs = dataclasses.replace(tested, dataset="glyphs", split="vinyals", rotations=1)
+    few_shot_config.check_checkpoint(trained.run_dir, glyphs)
+    with pytest.raises(UserError, match=r"can't read .*config\.json .* as --checkpoint"):
+        few_shot.main(dataclasses.replace(tested, checkpoint=tmp_path))
 
 
 def test_a_learner_brings_its_settings_and_a_folder_of_its_own_and_flags_win_over_them():

@@ -38,8 +38,10 @@ def example(num_queries=5, seed=0):
     return jnp.asarray(support), jnp.array([3, 0, 3, 1, 0, 3]), jnp.asarray(queries)
 
 
-def cosine(a, b):
-    return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+def similarity(a, b, distance):
+    if distance == "cosine":
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    return -((a - b) ** 2).sum()
 
 
 def prototypical_in_numpy(support, labels, queries, distance):
@@ -48,15 +50,14 @@ def prototypical_in_numpy(support, labels, queries, distance):
         members = [x for x, label in zip(support, labels, strict=True) if label == k]
         if members:
             centre = sum(members) / len(members)
-            near = cosine(queries[q], centre)
-            logits[q, k] = near if distance == "cosine" else -((queries[q] - centre) ** 2).sum()
+            logits[q, k] = similarity(queries[q], centre, distance)
     return logits
 
 
-def matching_in_numpy(support, labels, queries):
+def matching_in_numpy(support, labels, queries, distance):
     probabilities = np.zeros((len(queries), WAYS))
     for q, query in enumerate(queries):
-        attention = np.exp([cosine(query, x) for x in support])
+        attention = np.exp([similarity(query, x, distance) for x in support])
         for weight, label in zip(attention / attention.sum(), labels, strict=True):
             probabilities[q, label] += weight
     return probabilities
@@ -77,14 +78,20 @@ def matching(support, labels, queries):
     return matching_log_probs(support, labels, queries, num_ways=WAYS)
 
 
-CLASSIFIERS = (squared_euclidean, by_cosine, matching)
+@jax.jit
+def matching_by_distance(support, labels, queries):
+    return matching_log_probs(support, labels, queries, num_ways=WAYS, distance="squared_euclidean")
+
+
+CLASSIFIERS = (squared_euclidean, by_cosine, matching, matching_by_distance)
 
 
 def test_equal_a_loop_over_queries_classes_and_examples():
     numpy = [np.asarray(x) for x in example()]
     for classifier, distance in ((squared_euclidean, None), (by_cosine, "cosine")):
         assert_close(classifier(*example()), prototypical_in_numpy(*numpy, distance))
-    assert_close(jnp.exp(matching(*example())), matching_in_numpy(*numpy))
+    for classifier, distance in ((matching, "cosine"), (matching_by_distance, None)):
+        assert_close(jnp.exp(classifier(*example())), matching_in_numpy(*numpy, distance))
 
 
 def test_values_worked_by_hand():
@@ -105,6 +112,13 @@ def test_values_worked_by_hand():
     log_probs = matching_log_probs(support, labels, queries, num_ways=3)
     assert_close(jnp.exp(log_probs[:, :2]), expected)
     assert (log_probs[:, 2] == -jnp.inf).all()
+
+
+def test_with_one_example_a_class_both_are_the_same_by_squared_distance():
+    support, _, queries = example()
+    one_each = (support[:WAYS], jnp.arange(WAYS), queries)
+    log_probs = matching_by_distance(*one_each)
+    assert_close(log_probs, jax.nn.log_softmax(squared_euclidean(*one_each)))
 
 
 def test_squared_euclidean_is_a_linear_classifier_with_weights_2c_and_biases_minus_c_squared():

@@ -40,6 +40,9 @@ def assert_close(actual, expected, rtol=1e-11, atol=1e-12):
 squared_euclidean = jax.jit(functools.partial(prototypical_logits, num_ways=WAYS))
 by_cosine = jax.jit(functools.partial(prototypical_logits, num_ways=WAYS, distance="cosine"))
 matching = jax.jit(functools.partial(matching_log_probs, num_ways=WAYS))
+matching_by_distance = jax.jit(
+    functools.partial(matching_log_probs, num_ways=WAYS, distance="squared_euclidean")
+)
 
 
 def episode(num_ways=3, num_shots=2, num_queries=2, seed=0):
@@ -75,6 +78,12 @@ METHODS = {
     "euclidean": (prototypical_loss, prototypical_predict, {}, squared_euclidean),
     "cosine": (prototypical_loss, prototypical_predict, {"distance": "cosine"}, by_cosine),
     "matching": (matching_loss, matching_predict, {}, matching),
+    "matching_by_distance": (
+        matching_loss,
+        matching_predict,
+        {"distance": "squared_euclidean"},
+        matching_by_distance,
+    ),
 }
 
 

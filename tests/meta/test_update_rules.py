@@ -182,6 +182,37 @@ def test_annealed_weights_by_hand():
     np.testing.assert_allclose(jax.jit(weights)(jnp.asarray(5)), weights(5))
 
 
+def test_curvature_of_a_convolution_acts_on_positions_inputs_and_outputs():
+    kernel, scalar = random(3, 2, 4, 5), jnp.asarray(2.0)
+    params = {"kernel": kernel, "scalar": scalar}
+    factors = noisy(update_rules.init_meta_curvature(params), 0.3)
+    assert [m.shape for m in factors["kernel"]] == [(6, 6), (4, 4), (5, 5)]
+    rule = update_rules.meta_curvature(factors, rate=0.1)
+    updates, _ = rule.update(params, rule.init(params))
+    expected = jnp.einsum("wx,ci,fo,xio->wcf", *factors["kernel"], kernel.reshape(6, 4, 5))
+    np.testing.assert_allclose(updates["kernel"], -0.1 * expected.reshape(kernel.shape), rtol=1e-11)
+    np.testing.assert_allclose(updates["scalar"], -0.1 * factors["scalar"][0][0, 0] * scalar)
+
+
+@pytest.mark.parametrize(
+    ("rule", "of_leaf", "says"),
+    [
+        (update_rules.meta_sgd, jnp.ones(3), "one rate for each"),
+        (update_rules.per_layer_per_step, jnp.ones((2, 2)), r"give \(num_steps,\)"),
+        (
+            lambda factors: update_rules.meta_curvature(factors, rate=1.0),
+            (jnp.eye(2), jnp.eye(3)),
+            r"have shapes \[\(2, 2\), \(3, 3\)\]; give \[\(2, 2\), \(2, 2\)\]",
+        ),
+    ],
+)
+def test_refuses_parameters_of_a_rule_that_are_not_those_of_the_net(rule, of_leaf, says):
+    params = {"kernel": jnp.ones((2, 2))}
+    optimizer = rule({"kernel": of_leaf})
+    with pytest.raises(UserError, match=says):
+        optimizer.update(params, optimizer.init(params))
+
+
 def test_refuses_counts_below_one():
     with pytest.raises(UserError, match="num_inner_steps is 0"):
         update_rules.annealed_weights(0, num_inner_steps=0, anneal_steps=3)

@@ -20,6 +20,7 @@ from experiments.learned_optimizer_tasks import (
 )
 from metagen_jax.data.classes import ClassSplit
 from metagen_jax.data.sources import load_images
+from metagen_jax.errors import UserError
 
 KEY = jax.random.key(0)
 TEACHER = Family("teacher", (4,))
@@ -65,6 +66,29 @@ def test_a_curve_is_that_of_a_plain_loop():
         batch = draw_batch(task.support, batch_key, 40)
         grads = jax.grad(lambda p, b=batch: TEACHER.loss_fn(p, b, KEY)[0])(params)
         params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"unroll_steps": 0}, "unroll_steps is 0; give 1 or more"),
+        ({"unroll_steps": 30}, "horizon is 100; give a multiple of unroll_steps 30"),
+        ({"test_steps": 501}, "test_steps is 501; give at most 500"),
+        ({"batch_size": 201}, "batch_size is 201; give 1 to 200"),
+        ({"hidden_sizes": (32, 0)}, "hidden_sizes is (32, 0)"),
+        ({"num_test_tasks": 1}, "num_test_tasks is 1; give 2 or more"),
+        ({"outer_rate": float("nan")}, "outer_rate is nan; give more than 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, says):
+    with pytest.raises(UserError) as raised:
+        experiment.main(dataclasses.replace(experiment.PRESETS["default"], **settings))
+    assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("preset", experiment.PRESETS)
+def test_presets_are_settings_that_make_sense(preset):
+    experiment.check(experiment.PRESETS[preset])
 
 
 @pytest.mark.slow
