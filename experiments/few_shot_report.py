@@ -51,6 +51,22 @@ class Row(NamedTuple):
     accuracies: Mapping[str, Estimate]
 
 
+class Tested(NamedTuple):
+    """The accuracies with one number of queries.
+
+    Attributes:
+      learner: by mode, after 0, 1, ... steps.
+      best: the number of steps that validated best.
+      others: the baselines, by name.
+      fine_tuning: the steps and the rate that were chosen for fine-tuning, by name.
+    """
+
+    learner: Mapping[str, Estimate]
+    best: int
+    others: dict[str, Row]
+    fine_tuning: dict[str, float]
+
+
 def report(
     subject: Subject,
     samplers: Mapping[int, Sample],
@@ -82,24 +98,63 @@ def report(
       The numbers of the tables; those of later samplers end in `_15_queries` and the like.
     """
     numbers: dict[str, Any] = {}
-    schedule = {"chunk": chunk, "devices": devices}
     for num_queries, sample in samplers.items():
-        suffix = f"_{num_queries}_queries" if numbers else ""
-
-        def evaluate(predict, params, data, seed, count=num_tasks, sample=sample):
-            key = jax.random.key(seed)
-            return evaluate_few_shot(
-                predict, params, sample, data, key=key, num_tasks=count, **schedule
-            )
-
-        few = min(NUM_CHOICE_TASKS, num_tasks)
-        steps = evaluate(subject.predict, subject.params, val_data, VALIDATION_SEED, few)
-        best = int(steps["transductive"].mean.argmax())
-        learner = evaluate(subject.predict, subject.params, test_data, TEST_SEED)
+        tested = _test(subject, sample, val_data, test_data, num_ways, num_tasks, chunk, devices)
+        queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
+        title = f"{num_tasks} episodes of unseen classes, {queries} a class"
         rows = [
-            Row(subject.name, str(step) if step else "none", _at_step(learner, step))
-            for step in range(len(learner["transductive"].mean))
+            Row(subject.name, str(step) if step else "none", _at_step(tested.learner, step))
+            for step in range(len(tested.learner["transductive"].mean))
         ]
+        shown = [row for step, row in enumerate(rows) if _is_shown(step, tested.best, len(rows))]
+        chosen = rows[tested.best]
+        _print_table(
+            title, [*shown, *tested.others.values()], chosen=chosen if len(rows) > 1 else None
+        )
+        suffix = f"_{num_queries}_queries" if numbers else ""
+        found = {f"after_{row.steps}_steps": row for row in shown[1:]}
+        found |= {"test": chosen, "before_adaptation": shown[0], **tested.others}
+        if not suffix:
+            _draw_episode(subject, sample, test_data, tested.best, run_dir / "episode.png")
+            _draw_adaptation(
+                subject.name, tested, num_ways, f"{what}: {title}", run_dir / "adaptation.png"
+            )
+        numbers |= {
+            f"queries_per_class{suffix}": num_queries,
+            f"adaptation_steps{suffix}": tested.best,
+            **{f"{name}{suffix}": value for name, value in tested.fine_tuning.items()},
+        }
+        for name, row in found.items():
+            numbers |= _numbers(name, row, suffix)
+    print(f"pictures of the test are in {run_dir}: adaptation.png, episode.png")
+    return numbers
+
+
+def _test(
+    subject: Subject,
+    sample: Sample,
+    val_data: ClassData,
+    test_data: ClassData,
+    num_ways: int,
+    num_tasks: int,
+    chunk: int,
+    devices: Sequence[jax.Device],
+) -> Tested:
+    """Tests a learner and the baselines, each with the steps that suit it on validation classes."""
+    few = min(NUM_CHOICE_TASKS, num_tasks)
+    schedule = {"chunk": chunk, "devices": devices}
+
+    def evaluate(predict, params, data, seed, count=num_tasks):
+        key = jax.random.key(seed)
+        return evaluate_few_shot(
+            predict, params, sample, data, key=key, num_tasks=count, **schedule
+        )
+
+    steps = evaluate(subject.predict, subject.params, val_data, VALIDATION_SEED, few)
+    learner = evaluate(subject.predict, subject.params, test_data, TEST_SEED)
+    others = {"nearest_neighbour": _nearest_neighbour(evaluate, test_data, num_ways)}
+    fine_tuning = {}
+    if subject.pretrained is not None:
         choose = functools.partial(
             baselines.choose_fine_tuning,
             sample=sample,
@@ -109,35 +164,9 @@ def report(
             num_tasks=few,
             **schedule,
         )
-        others = {"nearest_neighbour": _nearest_neighbour(evaluate, test_data, num_ways)}
-        if subject.pretrained is not None:
-            others["fine_tuned"], chosen = _fine_tuned(
-                subject, evaluate, choose, test_data, num_ways
-            )
-            numbers[f"fine_tuned_steps{suffix}"] = chosen.num_steps
-            numbers[f"fine_tuned_rate{suffix}"] = chosen.rate
-        queries = "1 query" if num_queries == 1 else f"{num_queries} queries"
-        title = f"{num_tasks} episodes of unseen classes, {queries} a class"
-        shown = [row for step, row in enumerate(rows) if _is_shown(step, best, len(rows))]
-        chosen_row = rows[best] if len(rows) > 1 else None
-        _print_table(title, [*shown, *others.values()], chosen=chosen_row)
-        numbers[f"queries_per_class{suffix}"] = num_queries
-        numbers[f"adaptation_steps{suffix}"] = best
-        found = {f"after_{row.steps}_steps": row for row in shown[1:]}
-        found |= {"test": rows[best], "before_adaptation": rows[0], **others}
-        for name, row in found.items():
-            numbers |= _numbers(name, row, suffix)
-        if not suffix:
-            curves = {f"{subject.name}, {mode}": learner[mode] for mode in MODES}
-            curves |= {
-                f"{row.method}{' (transductive)' * (key == 'fine_tuned')}": row.accuracies[MODES[0]]
-                for key, row in others.items()
-            }
-            _draw_episode(subject, sample, test_data, best, run_dir / "episode.png")
-            path = run_dir / "adaptation.png"
-            plots.plot_adaptation(curves, path, title=f"{what}: {title}", chance=1 / num_ways)
-    print(f"pictures of the test are in {run_dir}: adaptation.png, episode.png")
-    return numbers
+        others["fine_tuned"], chosen = _fine_tuned(subject, evaluate, choose, test_data, num_ways)
+        fine_tuning = {"fine_tuned_steps": chosen.num_steps, "fine_tuned_rate": chosen.rate}
+    return Tested(learner, int(steps["transductive"].mean.argmax()), others, fine_tuning)
 
 
 def draw_learning_curve(run_dir: Path, *, title: str) -> None:
@@ -215,6 +244,16 @@ def _print_table(title: str, rows: list[Row], *, chosen: Row | None) -> None:
         else:
             table.add_row(row.method, row.steps, *cells)
     rich.console.Console(width=100).print(table)
+
+
+def _draw_adaptation(name: str, tested: Tested, num_ways: int, title: str, path: Path) -> None:
+    """Accuracy against steps, with the baselines as lines."""
+    curves = {f"{name}, {mode}": tested.learner[mode] for mode in MODES}
+    curves |= {
+        f"{row.method}{' (transductive)' * (key == 'fine_tuned')}": row.accuracies[MODES[0]]
+        for key, row in tested.others.items()
+    }
+    plots.plot_adaptation(curves, path, title=title, chance=1 / num_ways)
 
 
 def _draw_episode(subject: Subject, sample: Sample, data: ClassData, best: int, path: Path) -> None:
