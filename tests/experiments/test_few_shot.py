@@ -104,7 +104,7 @@ def test_every_learner_has_a_direction_and_an_answer_in_both_modes(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("learner", ["maml", "anil", "reptile", "maml_plus_plus", "prototypical"])
+@pytest.mark.parametrize("learner", ["maml", "reptile", "maml_plus_plus"])
 def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed(
     monkeypatch, tmp_path, learner
 ):
@@ -123,7 +123,7 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
     assert numbers["fine_tuned_steps"] <= few_shot_report.FINE_TUNING_STEPS
     assert numbers["fine_tuned_rate"] in few_shot_report.FINE_TUNING_RATES
     last = len([name for name in numbers if re.fullmatch(r"after_\d+_steps_accuracy", name)])
-    assert (last > 0) == (learner != "prototypical")
+    assert last > 0
     # Chance is 1 in 5; colours are told apart by their pixels, and by what is adapted to them.
     assert numbers["nearest_neighbour_accuracy"] > 0.5
     assert numbers["num_tasks"] == SMOKE.num_test_tasks

@@ -92,9 +92,9 @@ def test_presets_are_settings_that_make_sense(preset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["truncated", "pes"])
-def test_the_experiment_compares_and_gives_the_same_when_resumed(tmp_path, estimator):
-    config = dataclasses.replace(experiment.PRESETS["smoke"], estimator=estimator, run_dir=tmp_path)
+def test_the_experiment_compares_and_gives_the_same_when_resumed(tmp_path):
+    # The state that persistent evolution strategies carry holds that of truncated unrolls.
+    config = dataclasses.replace(experiment.PRESETS["smoke"], estimator="pes", run_dir=tmp_path)
     numbers = experiment.main(config)
     losses = [value for name, value in numbers.items() if ", loss after" in name]
     assert len(losses) == 3 * 2 * (len(experiment.TEST) + 1)
