@@ -1,10 +1,13 @@
 """Lifts from `GradFn` to `GradFn`: from a loss to its gradient, from one task to many."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Key
+from jax import core
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Key, PyTree
 
 from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, GradFn, LossFn, Metrics, Params, PRNGKey
@@ -19,13 +22,99 @@ def gradients(loss_fn: LossFn) -> GradFn:
     Returns:
       `(params, batch, key) -> (d loss / d params, {"loss": loss, **metrics})`.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def grad_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Params, Metrics]:
-        (loss, metrics), grads = value_and_grad(params, batch, key)
-        return grads, {"loss": loss, **metrics}
+        return _gradient(loss_fn, params, batch, key)
 
     return grad_fn
+
+
+def mixed_gradients(loss_fn: LossFn) -> GradFn:
+    """`gradients(loss_fn)`, itself differentiated by reverse over forward mode.
+
+    A cotangent v of the gradient goes to each input x, the parameters, the batch and all that
+    `loss_fn` closes over, as `d <v, grad loss_fn> / dx`. That product is the slope of the loss
+    along v, `d/dt loss_fn(params + t v)` at t = 0, a forward pass with tangents; so that there is
+    no backward pass to differentiate, and nothing but the inputs is saved (Kemaev et al. 2025,
+    MixFlow-MG). That pays where the loss has a scan in it, such as one over layers, of whose
+    backward pass every step would be saved; elsewhere `jax.checkpoint` around `gradients` needs
+    as little. No symmetry is assumed: a field of several players' gradients, each of a loss of its
+    own, is right if each is lifted by itself.
+
+    Values and derivatives of any order are those of `gradients`, but in reverse mode only: JAX
+    refuses forward mode through the result, and cannot pull back through it if the loss has no
+    forward mode itself, as with a `jax.custom_vjp` or another `mixed_gradients` in it.
+
+    Args:
+      loss_fn: as in `gradients`.
+
+    Returns:
+      As `gradients`.
+    """
+
+    def grad_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Params, Metrics]:
+        loss, closed_over = _hoist_closure(loss_fn, params, batch, key)
+
+        def forward(*inputs):
+            inputs = jax.tree.map(lambda x: x.value, inputs)
+            return _gradient(loss, *inputs), inputs
+
+        gradient = jax.custom_vjp(functools.partial(_gradient, loss))
+        gradient.defvjp(forward, functools.partial(_pull_back, loss), symbolic_zeros=True)
+        return gradient(params, batch, key, closed_over)
+
+    return grad_fn
+
+
+def _gradient(loss_fn: Callable, params: Params, *others) -> tuple[Params, Metrics]:
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, *others)
+    return grads, {"loss": loss, **metrics}
+
+
+def _hoist_closure(function: Callable, *arguments) -> tuple[Callable, list]:
+    """`function` with one more argument, the list of all arrays that it closes over; and that list.
+
+    A custom derivative sees arguments only. (`jax.closure_convert` leaves integers behind.)
+    """
+    # A new function each time: JAX remembers what it has traced.
+    jaxpr, result = jax.make_jaxpr(lambda *args: function(*args), return_shape=True)(*arguments)
+
+    def hoisted(*inputs):
+        *arguments, closed_over = inputs
+        outputs = core.eval_jaxpr(jaxpr.jaxpr, closed_over, *jax.tree.leaves(arguments))
+        return jax.tree.unflatten(jax.tree.structure(result), outputs)
+
+    return hoisted, jaxpr.consts
+
+
+def _pull_back(loss_fn: Callable, inputs: tuple, cotangents: tuple[PyTree, PyTree]) -> tuple:
+    """The cotangents of the inputs of `_gradient` from those of its outputs."""
+    along, of_metrics = cotangents
+
+    def paired(params, *others):
+        """`<along, gradient>` and the metrics."""
+
+        # Leaves that no cotangent reaches, such as those that an inner loop holds fixed, have no
+        # tangent: a tangent of zeros would cost as much as any other.
+        def at(t):
+            moved = jax.tree.map(lambda p, v: p if _is_zero(v) else p + t * v, params, along)
+            loss, metrics = loss_fn(moved, *others)
+            return loss, _reached({"loss": loss, **metrics}, of_metrics)
+
+        _, slope, metrics = jax.jvp(at, (0.0,), (1.0,), has_aux=True)
+        return slope, metrics
+
+    (slope, _), pull = jax.vjp(paired, *inputs)
+    return pull((jnp.ones_like(slope), _reached(of_metrics, of_metrics)))
+
+
+def _reached(tree: PyTree, cotangents: PyTree) -> PyTree:
+    """`tree` with None for the leaves that no cotangent reaches."""
+    return jax.tree.map(lambda x, c: None if _is_zero(c) else x, tree, cotangents)
+
+
+def _is_zero(cotangent) -> bool:
+    return isinstance(cotangent, SymbolicZero)
 
 
 def task_keys(key: PRNGKey, num_tasks: int) -> Key[Array, " tasks"]:

@@ -4,9 +4,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from metagen_jax.gradients import count_tasks, gradients, mean_over_tasks, task_keys
+from metagen_jax.gradients import (
+    count_tasks,
+    gradients,
+    mean_over_tasks,
+    mixed_gradients,
+    task_keys,
+)
 
 KEY = jax.random.key(0)
 NUM_TASKS = 7
@@ -45,6 +52,62 @@ def test_gradients_gives_the_derivative_with_the_loss_among_the_metrics():
     grads, metrics = jax.jit(gradients(loss_fn))(params, batch, KEY)
     assert_close(grads, jnp.array([30.0, 6.0]))
     assert_close(metrics, {"loss": jnp.array(6.0), "norm": jnp.array(3.0)})
+
+
+def test_the_pull_back_of_mixed_gradients_by_hand():
+    """The loss `a p^3` has the gradient `3 a p^2`, whose cotangent v goes to p as `6 a p v` and to
+    a as `3 p^2 v`; to these come those of the loss, 2, and of the metric `p^2`, 5."""
+
+    def loss_fn(params, batch, key):
+        return jnp.sum(batch * params**3), {"square": jnp.sum(params**2)}
+
+    p, a, v = jnp.array([1.0, -2.0]), jnp.array([10.0, 0.5]), jnp.array([1.0, 3.0])
+    out, pull = jax.vjp(lambda p, a: mixed_gradients(loss_fn)(p, a, KEY), p, a)
+    assert_close(out, gradients(loss_fn)(p, a, KEY))
+    of_p, of_a = pull((v, {"loss": jnp.array(2.0), "square": jnp.array(5.0)}))
+    assert_close(of_p, 6 * a * p * v + 2 * 3 * a * p**2 + 5 * 2 * p)
+    assert_close(of_a, 3 * p**2 * v + 2 * p**3)
+
+
+def test_mixed_gradients_equal_gradients_up_to_the_third_derivative():
+    params, tasks = example(2)
+
+    def outer(lift, params, task, scale, count):
+        def loss_fn(params, task, key):
+            """Closes over a number and an integer that differ from task to task."""
+            loss, metrics = noisy_loss(params, task, key)
+            return scale * loss + count * jax.lax.stop_gradient(loss) * params["b"], metrics
+
+        direction, metrics = lift(loss_fn)(params, task, KEY)
+        return jnp.sin(direction["w"]).sum() + direction["b"] ** 2 + metrics["largest"]
+
+    def derivatives(lift):
+        def size(*arguments):
+            grads = jax.grad(outer, argnums=(1, 2, 3))(lift, *arguments)
+            return sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)), grads
+
+        of_one = jax.grad(size, argnums=(0, 1, 2), has_aux=True)
+        each = jax.vmap(of_one, in_axes=(None, 0, 0, 0))
+        return jax.jit(each)(params, tasks, jnp.array([1.0, 2.0]), jnp.array([3, -1]))
+
+    assert_close(derivatives(mixed_gradients), derivatives(gradients))
+
+
+def test_mixed_gradients_refuse_forward_mode():
+    params, tasks = example(1)
+    task = jax.tree.map(lambda x: x[0], tasks)
+
+    def direction(lift, loss_fn):
+        return lambda params: lift(loss_fn)(params, task, KEY)[0]
+
+    def nested(params, task, key):
+        return optax.tree.norm(direction(mixed_gradients, noisy_loss)(params), squared=True), {}
+
+    mixed = direction(mixed_gradients, noisy_loss)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(mixed, (params,), (params,))
+    with pytest.raises((TypeError, NotImplementedError)):
+        jax.vjp(direction(mixed_gradients, nested), params)[1](params)
 
 
 @pytest.fixture(scope="module")
