@@ -40,19 +40,23 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Int
 
 from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, GradFn, Metrics, Params, PRNGKey, Trainable
 
-Gradient = Literal["reverse", "first_order"]
-"""How the outer gradient passes the inner steps: all of it, or without second derivatives."""
+Gradient = Literal["reverse", "first_order", "remat", "mixed"]
+"""How the outer gradient passes the inner steps; see `adapt`."""
 
 BatchAt = Callable[[Batch, jax.Array, PRNGKey], Batch]
 """`batch_at(support, step, key)`: the mini-batch of one inner step."""
 
 Step = int | Int[Array, ""]
 """A number of inner steps."""
+
+# The derivative of most optimisers needs it, and it costs a backward pass to compute it again.
+_DIRECTION = "inner_direction"
 
 
 class Adapted(NamedTuple):
@@ -98,8 +102,12 @@ def adapt(
       optimizer: any optax transformation; the module's table says which are safe to differentiate
         through.
       num_steps: how many steps; 0 gives `params` back.
-      gradient: "reverse" differentiates through the inner gradients, "first_order" takes them for
-        constants (Finn et al. 2017, section 5.2).
+      gradient: "reverse" differentiates through the inner gradients and saves whatever each step
+        computes to this end; "first_order" takes them for constants (Finn et al. 2017, section
+        5.2). "remat" saves only the parameters, the optimiser's state and the direction of each
+        step and computes the rest again. So does "mixed", which is the same here: its other half
+        is a `grad_fn` with a derivative of its own, `mixed_gradients(loss_fn)`. Any `grad_fn` is
+        right with any of them.
       trainable: which leaves move, by path (`"params/head/kernel"`); None moves all. ANIL moves the
         head (Raghu et al. 2020), BOIL all but the head (Oh et al. 2021).
       per_step: which leaves have a leading axis of steps, of which step `i` sees entry `i` (see
@@ -123,14 +131,15 @@ def adapt(
         batch_key, grad_key = jax.random.split(jax.random.fold_in(key, i))
         batch = support if batch_at is None else batch_at(support, i, batch_key)
         direction, metrics = grad_fn(at_step(_join(moving, fixed), i, per_step), batch, grad_key)
-        if gradient == "first_order":
-            direction = jax.lax.stop_gradient(direction)
-        updates, state = optimizer.update(_like(moving, direction), state, moving)
+        direction = pass_direction(_like(moving, direction), gradient)
+        updates, state = optimizer.update(direction, state, moving)
         moved = optax.apply_updates(moving, updates)
         return (moved, state), (metrics, moved if trajectory else None)
 
     start = (moving, optimizer.init(moving))
-    (moving_end, _), (metrics, path) = jax.lax.scan(step, start, jnp.arange(num_steps))
+    (moving_end, _), (metrics, path) = jax.lax.scan(
+        checkpoint_step(step, gradient), start, jnp.arange(num_steps)
+    )
     states = None
     if trajectory:
         path = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), moving, path)
@@ -144,7 +153,31 @@ def check_inner_loop(num_steps: int, gradient: Gradient) -> None:
     if num_steps < 0:
         raise UserError(f"num_steps is {num_steps}; give 0 or more inner steps")
     if gradient not in get_args(Gradient):
-        raise UserError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
+        raise UserError(
+            f'gradient is {gradient!r}; give "reverse", "first_order", "remat" or "mixed"'
+        )
+
+
+def pass_direction(direction: Params, gradient: Gradient) -> Params:
+    """The direction of an inner step, as a constant or under the name by which it is saved."""
+    if gradient == "first_order":
+        return jax.lax.stop_gradient(direction)
+    return checkpoint_name(direction, _DIRECTION)
+
+
+def checkpoint_step(step: Callable, gradient: Gradient) -> Callable:
+    """The body of a scan over inner steps, with "remat" or "mixed" one of which little is saved.
+
+    Args:
+      step: `(carry, x) -> (carry, y)`. The outer gradient then saves the carry before it, and the
+        direction that it sends through `pass_direction`.
+      gradient: as in `adapt`.
+    """
+    if gradient not in ("remat", "mixed"):
+        return step
+    policy = jax.checkpoint_policies.save_only_these_names(_DIRECTION)
+    # The two passes are two loops, whose bodies the compiler does not merge anyway.
+    return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 
 def at_step(params: Params, step: Step, per_step: Trainable | None) -> Params:

@@ -49,7 +49,7 @@ def cavia_loss(
       inner_optimizer: any optax transformation; `metagen_jax.meta.adapt` says which are safe.
       num_steps: inner steps K.
       gradient: "reverse" for the exact meta-gradient, "first_order" to take each inner gradient
-        for a constant.
+        for a constant; for "remat" and "mixed" see `maml_loss`.
 
     Returns:
       A `LossFn` over `Episode(support, query)`, its metrics those of `loss_fn` on the query after

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from metagen_jax.errors import UserError
-from metagen_jax.gradients import gradients
+from metagen_jax.gradients import gradients, mixed_gradients
 from metagen_jax.meta.adapt import BatchAt, Gradient, Step, adapt, at_step, check_inner_loop
 from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey, Trainable
 
@@ -39,7 +39,10 @@ def maml_loss(
       loss_fn: the loss of support and of query, each any pytree.
       inner_optimizer: any optax transformation; `metagen_jax.meta.adapt` says which are safe.
       num_steps: inner steps K; 0 gives the plain loss on the query.
-      gradient: "reverse" for the exact meta-gradient, "first_order" for FOMAML.
+      gradient: "reverse" for the exact meta-gradient, in memory that grows with all that the inner
+        steps compute; "remat" and "mixed" for the same one in memory that grows with parameters
+        and optimiser states alone, each inner step being computed again, by `jax.checkpoint` or
+        as `mixed_gradients` does it; "first_order" for FOMAML.
       trainable: which leaves the inner loop moves, by path; None moves all.
       per_step: which leaves have an entry for each number of inner steps taken; see `adapt`.
       query_loss_weights: `(num_steps,)`, the weight of the query loss after each step.
@@ -55,7 +58,7 @@ def maml_loss(
         chooses no leaf.
     """
     check_inner_loop(num_steps, gradient)
-    grad_fn = gradients(loss_fn)
+    grad_fn = mixed_gradients(loss_fn) if gradient == "mixed" else gradients(loss_fn)
     weights = None if query_loss_weights is None else jnp.asarray(query_loss_weights)
     if weights is not None and weights.shape != (num_steps,):
         raise UserError(

@@ -47,7 +47,7 @@ def proto_maml_loss(
       num_ways: classes of a training episode; those of a test episode may be fewer or more.
       inner_optimizer: any optax transformation; `metagen_jax.meta.adapt` says which are safe.
       num_steps: inner steps.
-      gradient: "reverse" or "first_order"; see `maml_loss`.
+      gradient: see `maml_loss`.
 
     Returns:
       A `LossFn` over `Episode((inputs, labels), (inputs, labels))` with the metric `accuracy`. Its

@@ -17,8 +17,14 @@ import optax
 from jaxtyping import Array, Float, Int32, PyTree
 
 from metagen_jax.errors import UserError
-from metagen_jax.gradients import gradients
-from metagen_jax.meta.adapt import BatchAt, Gradient
+from metagen_jax.gradients import gradients, mixed_gradients
+from metagen_jax.meta.adapt import (
+    BatchAt,
+    Gradient,
+    check_inner_loop,
+    checkpoint_step,
+    pass_direction,
+)
 from metagen_jax.meta.update_rules import Rule
 from metagen_jax.types import Episode, LossFn, Metrics, Params, PRNGKey
 
@@ -87,7 +93,8 @@ def truncated_unroll(
         training set of the task, for generalisation the query be other examples.
       rule: `rule_params -> optimiser`.
       num_steps: K.
-      gradient: "first_order" takes the inner gradients for constants (Andrychowicz et al. 2016).
+      gradient: "first_order" takes the inner gradients for constants (Andrychowicz et al. 2016);
+        for "remat" and "mixed" see `maml_loss`.
       log_loss: whether to take the logarithm of each loss, to which all orders of magnitude count.
       batch_at: `(examples, step, key) -> batch`, drawn anew for support and for query at each step;
         None takes all of both.
@@ -101,9 +108,8 @@ def truncated_unroll(
     """
     if num_steps < 1:
         raise UserError(f"num_steps is {num_steps}; give 1 or more inner steps for each unroll")
-    if gradient not in ("reverse", "first_order"):
-        raise UserError(f'gradient is {gradient!r}; give "reverse" or "first_order"')
-    grad_fn = gradients(loss_fn)
+    check_inner_loop(num_steps, gradient)
+    grad_fn = mixed_gradients(loss_fn) if gradient == "mixed" else gradients(loss_fn)
 
     def unroll(rule_params: PyTree, state: InnerState, key: PRNGKey):
         optimizer, task = rule(rule_params), state.task
@@ -115,15 +121,16 @@ def truncated_unroll(
             if batch_at is not None:
                 support, query = batch_at(support, i, support_key), batch_at(query, i, query_key)
             direction, _ = grad_fn(params, support, grad_key)
-            if gradient == "first_order":
-                direction = jax.lax.stop_gradient(direction)
-            updates, opt_state = optimizer.update(direction, opt_state, params)
+            updates, opt_state = optimizer.update(
+                pass_direction(direction, gradient), opt_state, params
+            )
             params = optax.apply_updates(params, updates)
             loss, _ = loss_fn(params, query, loss_key)
             return (i + 1, params, opt_state), loss
 
         start = (state.step, state.params, state.opt_state)
-        end, losses = jax.lax.scan(step, start, jax.random.split(key, num_steps))
+        keys = jax.random.split(key, num_steps)
+        end, losses = jax.lax.scan(checkpoint_step(step, gradient), start, keys)
         values = jnp.log(losses + _LOG_FLOOR) if log_loss else losses
         return values.mean(), (InnerState(*end, task), {"last_loss": losses[-1]})
 

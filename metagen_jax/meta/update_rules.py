@@ -54,8 +54,8 @@ def learned_rule_loss(
       loss_fn: the loss of support and of query.
       rule: `rule_params -> optimiser`; `functools.partial` binds its options.
       num_steps: inner steps K.
-      gradient: "reverse" or "first_order", through the inner gradients; the rule's parameters are
-        trained by either.
+      gradient: through the inner gradients, see `maml_loss`; the rule's parameters are trained by
+        any, "first_order" too.
       trainable: which leaves the inner loop moves, by path; None moves all.
       per_step: which leaves have an entry for each number of inner steps taken.
       query_loss_weights: `(num_steps,)`, such as `annealed_weights` gives.

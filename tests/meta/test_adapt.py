@@ -11,7 +11,7 @@ import optax.contrib
 import pytest
 import references
 
-from metagen_jax.gradients import gradients
+from metagen_jax.gradients import gradients, mixed_gradients
 from metagen_jax.meta.adapt import adapt, at_step
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.types import Episode
@@ -284,13 +284,20 @@ def test_trainable_sees_fields_and_indices_as_a_path():
     assert_close(adapted.params, expected)
 
 
-def test_differentiates_through_the_learning_rate_and_the_support_set():
+@pytest.mark.parametrize(("lift", "gradient"), [(gradients, "reverse"), (mixed_gradients, "mixed")])
+def test_differentiates_through_the_learning_rate_and_the_support_set(lift, gradient):
     params, support = example()
 
     @jax.jit
     def loss_after(rate, support):
         adapted = adapt(
-            gradients(loss_fn), params, support, KEY, optimizer=optax.sgd(rate), num_steps=3
+            lift(loss_fn),
+            params,
+            support,
+            KEY,
+            optimizer=optax.sgd(rate),
+            num_steps=3,
+            gradient=gradient,
         )
         return plain_loss(adapted.params, example()[1])
 
@@ -303,7 +310,7 @@ def test_differentiates_through_the_learning_rate_and_the_support_set():
     ("options", "message"),
     [
         ({"num_steps": -1}, "num_steps is -1; give 0 or more"),
-        ({"gradient": "second_order"}, "gradient is 'second_order'; give \"reverse\" or"),
+        ({"gradient": "second_order"}, "gradient is 'second_order'; give \"reverse\","),
         (
             {"trainable": lambda path: path == "haed/kernel"},
             r"none of the parameters.*'body/bias', 'body/kernel', 'head/kernel'",

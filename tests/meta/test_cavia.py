@@ -92,7 +92,9 @@ def test_meta_gradient_equals_a_loop_and_finite_differences_and_is_zero_for_the_
     np.testing.assert_array_equal(grads["context"], np.zeros(3))
 
 
-@pytest.mark.parametrize(("gradient", "slope"), [("reverse", 1.28), ("first_order", 0.64)])
+@pytest.mark.parametrize(
+    ("gradient", "slope"), [("reverse", 1.28), ("mixed", 1.28), ("first_order", 0.64)]
+)
 def test_meta_gradient_worked_by_hand(gradient, slope):
     """`loss({s, c}, y) = (s c - y)^2`: one step of rate 0.1 from 0 at s = 2, y = 1 gives
     `c = 0.2 s y = 0.4`, and the query loss for a target of 0 is `(s c)^2 = 0.64`. Its derivative is

@@ -1,5 +1,7 @@
 """The meta-gradient against plain loops, finite differences and the closed form, in float64."""
 
+from typing import get_args
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import references
 from toy_tasks import KEY, example, net, one_task, plain_loss, regression
 
 from metagen_jax.gradients import gradients, mean_over_tasks
+from metagen_jax.meta.adapt import Gradient
 from metagen_jax.meta.maml import maml_loss, maml_predict
 from metagen_jax.types import Episode
 
@@ -51,7 +54,7 @@ def test_meta_gradient_equals_a_loop_over_tasks_and_finite_differences(num_steps
     assert_close(grads, numerical, rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("gradient", ["reverse", "first_order"])
+@pytest.mark.parametrize("gradient", get_args(Gradient))
 @pytest.mark.parametrize("num_steps", [0, 1, 4])
 def test_meta_gradient_is_the_closed_form_on_a_quadratic(gradient, num_steps):
     """With `loss(theta, c) = 1/2 (theta - c)^T A (theta - c)`, A symmetric, a step of rate a gives
@@ -75,7 +78,7 @@ def test_meta_gradient_is_the_closed_form_on_a_quadratic(gradient, num_steps):
     m = np.linalg.matrix_power(np.eye(4) - RATE * a, num_steps)
     error = support + m @ (theta - support) - query
     assert_close(metrics["loss"], error @ a @ error / 2)
-    expected = m.T @ a @ error if gradient == "reverse" else a @ error
+    expected = a @ error if gradient == "first_order" else m.T @ a @ error
     assert_close(grads, expected)
 
 
@@ -116,12 +119,13 @@ def test_first_order_lacks_exactly_the_hessian_term():
     assert_close(jax.tree.map(jnp.subtract, first_order, exact), unravel(term))
 
 
-def test_maml_of_maml_equals_nested_plain_code():
+@pytest.mark.parametrize("gradient", ["reverse", "mixed"])
+def test_maml_of_maml_equals_nested_plain_code(gradient):
     params, tasks = example(4)
     a, b = (jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], tasks) for i in (0, 1))
     outer_episode = jax.tree.map(lambda x: x[0], Episode(a, b))
 
-    inner = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=1)
+    inner = maml_loss(regression, inner_optimizer=optax.sgd(RATE), num_steps=1, gradient=gradient)
     outer = maml_loss(inner, inner_optimizer=optax.sgd(0.05), num_steps=2)
     value_and_grad = jax.jit(jax.value_and_grad(outer, has_aux=True))
     (loss, _), grads = value_and_grad(params, outer_episode, KEY)
@@ -234,7 +238,7 @@ def test_refuses_query_loss_weights_that_are_not_one_a_step(shape):
     ("options", "message"),
     [
         ({"num_steps": -1}, "num_steps is -1; give 0 or more"),
-        ({"num_steps": 1, "gradient": "second"}, "gradient is 'second'; give \"reverse\" or"),
+        ({"num_steps": 1, "gradient": "second"}, "gradient is 'second'; give \"reverse\","),
     ],
 )
 @pytest.mark.usefixtures("ill_typed")

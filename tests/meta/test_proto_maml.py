@@ -89,10 +89,12 @@ def path_of(params, support, num_steps, features=features):
     return path(params)
 
 
-@pytest.mark.parametrize("num_steps", [0, 1, 3])
-def test_meta_gradient_equals_a_plain_loop_and_finite_differences(num_steps):
+@pytest.mark.parametrize(
+    ("num_steps", "gradient"), [(0, "reverse"), (1, "remat"), (3, "reverse"), (3, "mixed")]
+)
+def test_meta_gradient_equals_a_plain_loop_and_finite_differences(num_steps, gradient):
     params, task = example()
-    loss_fn = proto_maml_loss(features, **options(num_steps))
+    loss_fn = proto_maml_loss(features, **options(num_steps, gradient=gradient))
     (loss, metrics), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params, task, KEY)
 
     def loop(params):

@@ -43,8 +43,17 @@ def example():
     return rule, params, Episode(draw(3), draw(5))
 
 
-@pytest.mark.parametrize("gradient", ["reverse", "first_order"])
-@pytest.mark.parametrize("log_loss", [False, True])
+@pytest.mark.parametrize(
+    ("gradient", "log_loss"),
+    [
+        ("reverse", False),
+        ("reverse", True),
+        ("first_order", False),
+        ("first_order", True),
+        ("remat", False),
+        ("mixed", True),
+    ],
+)
 def test_truncated_gradient_equals_that_of_a_plain_loop_and_takes_the_past_for_given(
     gradient, log_loss
 ):

@@ -100,8 +100,8 @@ def plain_loop(update, rule, params, support, num_steps, moves=lambda path: True
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("part", [None, "head"])
-def test_a_rule_equals_its_plain_loop_in_loss_prediction_and_gradients(name, part):
+@pytest.mark.parametrize(("part", "gradient"), [(None, "mixed"), ("head", "reverse")])
+def test_a_rule_equals_its_plain_loop_in_loss_prediction_and_gradients(name, part, gradient):
     init, rule, update = RULES[name]
     params, episode = example()
     meta = MetaParams(params, noisy(init(params), 0.05))
@@ -114,7 +114,7 @@ def test_a_rule_equals_its_plain_loop_in_loss_prediction_and_gradients(name, par
         )
         return plain_loss(adapted, episode.query), net(adapted, episode.query[0])
 
-    loss = update_rules.learned_rule_loss(loss_fn, **options)
+    loss = update_rules.learned_rule_loss(loss_fn, gradient=gradient, **options)
     (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(meta, episode, KEY)
     (reference, outputs), reference_grads = jax.value_and_grad(expected, has_aux=True)(meta)
     chex.assert_trees_all_close((value, grads), (reference, reference_grads), rtol=1e-10)
