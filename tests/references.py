@@ -1,5 +1,6 @@
 """Slow and obvious versions of what the library computes, for the tests to compare it with."""
 
+import decimal
 import itertools
 
 import jax
@@ -87,6 +88,21 @@ def batch_norm(x, scale, bias, *, epsilon, num_reference=None):
     """Batch normalisation of `(n, ..., c)` by the statistics of the first `num_reference`."""
     flat = x[:num_reference].reshape(-1, x.shape[-1])
     return (x - flat.mean(0)) / np.sqrt(flat.var(0) + epsilon) * scale + bias
+
+
+def discretized_logistic(level, mean, log_scale, num_levels):
+    """The log-mass of a level as a difference of two distribution functions, in 60 digits."""
+    with decimal.localcontext(prec=60, Emin=decimal.MIN_EMIN, Emax=decimal.MAX_EMAX):
+        mean, scale = decimal.Decimal(float(mean)), decimal.Decimal(float(log_scale)).exp()
+        upper, lower = (
+            (decimal.Decimal(2 * int(level) + side) / (num_levels - 1) - 1 - mean) / scale
+            for side in (1, -1)
+        )
+        if lower > 0:  # By symmetry the same in the other tail, where 60 digits do not round to 1.
+            upper, lower, level = -lower, -upper, num_levels - 1 - level
+        above = 1 if level == num_levels - 1 else 1 / (1 + (-upper).exp())
+        below = 0 if level == 0 else 1 / (1 + (-lower).exp())
+        return float((above - below).ln())
 
 
 def sample_distinct(key, population, count):
