@@ -86,8 +86,8 @@ def dequantized_log_prob(
       level.
 
     Raises:
-      UserError: for fewer than one sample or two levels, a log-density that is not a scalar, such
-        as one that is not summed, or noise of another shape than `value`.
+      UserError: for fewer than one sample, a log-density that is not a scalar, such as one that is
+        not summed, or noise of another shape than `value`.
     """
     if num_samples < 1:
         raise UserError(f"num_samples is {num_samples}; give a positive number")

@@ -12,8 +12,8 @@ The same for all of them:
   `2 v / (num_levels - 1) - 1`.
 - Samplers take the key first and give one example. Discrete samples are int32.
 
-All are exact, and finite in value and derivatives, in float32 for means up to 1e4 in size and
-log-scales from -20 to 10; nothing is clipped. Half-precision parameters are to be cast first.
+All are exact to rounding, and finite in value and derivatives, in float32 for means up to 1e4 in
+size and log-scales from -20 to 10; nothing is clipped. Cast half-precision parameters first.
 
 Salimans, Karpathy, Chen, Kingma: PixelCNN++, 2017.
 """
@@ -91,9 +91,10 @@ def categorical_log_prob(
       UserError: for logits of another shape.
     """
     _check_shape("logits", logits, value, (*value.shape, *logits.shape[-1:]))
-    chosen = jnp.asarray(value)[..., None] == jnp.arange(logits.shape[-1])
-    log_probs = jnp.where(chosen, log_softmax(logits), 0).sum(-1)
-    return jnp.where(chosen.any(-1), log_probs, -jnp.inf)
+    classes, supported = as_levels(value, logits.shape[-1], logits.dtype)
+    index = classes.astype(jnp.int32)[..., None]
+    log_probs = jnp.take_along_axis(log_softmax(logits), index, axis=-1)[..., 0]
+    return jnp.where(supported, log_probs, -jnp.inf)
 
 
 def sample_categorical(
@@ -310,13 +311,7 @@ def sample_discretized_logistic_mixture_rgb(
 def as_levels(
     value: Real[AnyArray, "*shape"], num_levels: int, dtype: jnp.dtype
 ) -> tuple[Float[Array, "*shape"], Bool[Array, "*shape"]]:
-    """Values as floats, 0 for those that are no levels, and whether each is one.
-
-    Raises:
-      UserError: for fewer than two levels.
-    """
-    if num_levels < 2:
-        raise UserError(f"num_levels is {num_levels}; give 2 or more, 256 for 8 bits")
+    """Values as floats, 0 for those that are not among 0..num_levels-1, and whether each is."""
     # Before anything is computed: twice a byte does not fit into a byte.
     levels = jnp.asarray(value).astype(dtype)
     supported = (levels >= 0) & (levels < num_levels) & (levels == jnp.floor(levels))
@@ -334,7 +329,11 @@ def _log_mass(
 
     A product, so that nothing cancels, however far from the mean and however wide the scale.
     """
-    # In units of levels edges are half numbers, and so neighbouring bins share theirs to the bit.
+    if num_levels < 2:
+        raise UserError(f"num_levels is {num_levels}; give 2 or more, 256 for 8 bits")
+    # In units of levels edges are half numbers, so that neighbouring bins share theirs to the last
+    # bit, and mass is neither lost nor counted twice. Scaled to [-1, 1], or with the product in the
+    # differences below, compilers that fuse multiplication and addition round the two apart.
     half = (num_levels - 1) / 2
     centre = half * mean + half
     precision = jnp.exp(-log_scale) / half

@@ -249,8 +249,6 @@ def test_says_what_is_needed():
 
     with pytest.raises(UserError, match="num_samples is 0; give a positive number"):
         bound(num_samples=0)
-    with pytest.raises(UserError, match="num_levels is 1; give 2 or more"):
-        bound(num_levels=1)
     with pytest.raises(UserError, match=r"of the data has shape \(2, 2\); give one number, summed"):
         bound(lambda y: 0 * y)
     for noise, message in (
