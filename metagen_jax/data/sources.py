@@ -1,4 +1,4 @@
-"""Image sets as one array: Omniglot, the embedded glyphs, any TFDS set of labelled pictures.
+"""Image sets as one array: Omniglot, the embedded glyphs, any TFDS set of pictures.
 
 `load_images` decodes a set once into one `uint8` array and caches that on disk, so that a second
 run has it in a fraction of a second, without TFDS. Nothing here needs TensorFlow.
@@ -62,7 +62,8 @@ def load_images(
 
     Any other name is a TFDS set with the features `image` (8 bits a channel, kept as they are) and
     `label`, with `/config` and `:version` if need be; its splits are TFDS's, such as `"train"`,
-    `"train+test"`, `"train[:10%]"`.
+    `"train+test"`, `"train[:10%]"`. Without `label`, as `"binarized_mnist"` is, all pictures are of
+    one class, named after the set.
 
     Args:
       name: of the data set.
@@ -173,11 +174,11 @@ def _decode(
     if (
         not isinstance(image, tfds.features.Image)
         or image.np_dtype != np.uint8
-        or not isinstance(label, tfds.features.ClassLabel)
+        or not isinstance(label, tfds.features.ClassLabel | None)
     ):
         raise DataError(
             f"{name!r} has the features {', '.join(sorted(features))}; load_images needs an 8-bit "
-            "picture 'image' and a class 'label': give a data set that has both"
+            "picture 'image' and, if there is a 'label', a class: give a data set that has them"
         )
     shape: Any = image.shape
     height, width = shape[:2] if size is None else (size, size)
@@ -194,12 +195,13 @@ def _decode(
         for index, example in enumerate(source.__getitems__(list(range(start, stop))), start):
             pixels = _pixels(example["image"], channels, size, binarize=is_omniglot)
             images[index] = pixels.reshape(height, width, channels)
-            labels[index] = example["label"]
+            labels[index] = 0 if label is None else example["label"]
         if progress is not None:
             progress(stop, len(source))
     if labels.min() < 0:
         raise DataError(f"split {split!r} of {name!r} has pictures without label; give another")
-    return LabelledImages(images, labels, tuple(label.names))
+    class_names = (name.partition(":")[0],) if label is None else tuple(label.names)
+    return LabelledImages(images, labels, class_names)
 
 
 def _encoded_pictures(builder: Any, name: str, split: str) -> Any:

@@ -342,19 +342,20 @@ def test_pictures_of_many_sizes_need_a_size(folders):
     assert load_images("mixed", "train", size=8, **folders).images.shape == (2, 8, 8, 3)
 
 
-def test_pictures_without_label_are_refused(folders):
-    features = {
-        "image": tfds.features.Image(shape=(6, 7, 3)),
-        "label": tfds.features.ClassLabel(num_classes=1),
-    }
-    write_tfds(
-        folders["data_dir"],
-        "blank",
-        {"test": [{"image": png(random_pixels(1)[0]), "label": -1}]},
-        features,
-    )
-    with pytest.raises(DataError, match="pictures without label"):
-        load_images("blank", "test", **folders)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_sets_without_labels_are_of_one_class_and_pictures_without_are_refused(labelled, folders):
+    features = {"image": tfds.features.Image(shape=(6, 7, 3))}
+    if labelled:
+        features["label"] = tfds.features.ClassLabel(num_classes=1)
+    example = {"image": png(random_pixels(1)[0])} | ({"label": -1} if labelled else {})
+    write_tfds(folders["data_dir"], "blank", {"test": [example]}, features)
+    if labelled:
+        with pytest.raises(DataError, match="pictures without label"):
+            load_images("blank", "test", **folders)
+    else:
+        images, labels, names = load_images("blank", "test", **folders)
+        np.testing.assert_array_equal(images, random_pixels(1))
+        assert (labels.tolist(), names) == ([0], ("blank",))
 
 
 def test_a_set_in_tensorflows_format_is_refused_with_advice(folders):
