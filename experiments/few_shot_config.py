@@ -98,7 +98,7 @@ class Config:
     """Outer steps between validations."""
     num_validation_tasks: int = 300
     """Episodes of a validation."""
-    pretraining_steps: int = 2000
+    pretraining_steps: int = 1600
     """Steps of 128 images, of the pretrained baseline and of the autoencoder behind "cactus"."""
     baselines: bool = True
     """Pretrain and fine-tune too; that is the same for every learner."""
@@ -137,7 +137,7 @@ _OMNIGLOT = Config(
 _PUBLISHED: dict[str, Any] = {"steps": 60_000, "outer_rate": 1e-3, "cosine": False}
 
 PRESETS = {
-    "glyphs": Config(num_tasks=8, steps=2400, validate_every=800),
+    "glyphs": Config(num_tasks=8, steps=1600, validate_every=800),
     "smoke": Config(
         steps=6,
         num_tasks=4,

@@ -15,7 +15,7 @@ import rich.table
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.evaluation import baselines, plots
 from metagen_jax.evaluation.estimates import Estimate, percent
-from metagen_jax.evaluation.few_shot import Sample, both_modes, evaluate_few_shot
+from metagen_jax.evaluation.few_shot import Sample, both_modes, evaluate_few_shot, transductive
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.types import MetaParams, Params, PredictFn
 
@@ -187,16 +187,18 @@ def _fine_tuned(
     subject: Subject, evaluate: Callable, choose: Callable, test_data: ClassData, num_ways: int
 ) -> tuple[Row, baselines.FineTuning]:
     """The pretrained classifier, fine-tuned as it does best on validation classes, and how."""
-    fine_tune = baselines.fine_tune_predict(
-        cross_entropy_loss(subject.apply),
-        both_modes(subject.apply),
-        num_ways=num_ways,
-        num_steps=FINE_TUNING_STEPS,
-        every_step=True,
+    fine_tune = functools.partial(
+        baselines.fine_tune_predict, cross_entropy_loss(subject.apply), num_ways=num_ways
     )
-    chosen = choose(fine_tune, subject.pretrained)["transductive"]
-    params = MetaParams(subject.pretrained, jnp.float32(chosen.rate))
-    tuned = _at_step(evaluate(fine_tune, params, test_data, TEST_SEED), chosen.num_steps)
+    tried = fine_tune(transductive(subject.apply), num_steps=FINE_TUNING_STEPS, every_step=True)
+    chosen = choose(tried, subject.pretrained)
+    # Compiled once more, but without the predictions of the other steps.
+    tuned = evaluate(
+        fine_tune(both_modes(subject.apply), num_steps=chosen.num_steps),
+        MetaParams(subject.pretrained, jnp.float32(chosen.rate)),
+        test_data,
+        TEST_SEED,
+    )
     steps = f"{chosen.num_steps} (rate {chosen.rate:g})"
     return Row("pretrained, fine-tuned", steps, tuned), chosen
 
