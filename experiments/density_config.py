@@ -1,0 +1,131 @@
+"""Settings of `experiments.density`: fields, presets by model and data."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import program
+
+ModelName = Literal["vae", "conv_vae", "ladder_vae", "iwae"]
+
+DatasetName = Literal["binarized_mnist", "mnist", "fashion_mnist", "omniglot", "glyphs", "cifar10"]
+
+Values = Literal["static", "dynamic", "levels"]
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelName = "vae"
+    """What is trained; it brings settings of its own, over which the flags win."""
+    dataset: DatasetName = "glyphs"
+    """"glyphs" is embedded; the others are sets of TFDS."""
+    data_dir: Path | None = None
+    """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
+    values: Values = "dynamic"
+    """What an element of an image is: 0 or 1, made so once for all ("static": as stored, or more
+    than half of the range), or drawn anew with the grey value for probability each time that an
+    image is seen ("dynamic"); or one of 256 levels as stored ("levels")."""
+
+    num_latents: int = 50
+    """Latents, of the upper level in a ladder."""
+    hidden_sizes: tuple[int, ...] = (200, 200)
+    """Units of each hidden layer, from the image."""
+    num_filters: int = 32
+    """Channels of the first convolution."""
+    num_samples: int = 1
+    """Samples of the importance weighted bound in training; 1 is the ELBO."""
+    doubly_reparameterized: bool = False
+    """Train the encoder by the estimator DReG."""
+
+    steps: int = 3000
+    """Steps of training."""
+    batch_size: int = 100
+    """Images in a step."""
+    rate: float = 1e-3
+    """Learning rate of Adam, which decays to zero along a cosine."""
+    validate_every: int = 500
+    """Steps between validations."""
+    num_validation: int = 1000
+    """Images of a validation, the first ones; the parameters that validate best are the result."""
+
+    test_samples: int = 200
+    """Importance samples for each image of the test, for models with latents."""
+    num_test: int | None = None
+    """Images of the test, the first ones; without it all."""
+    chunk: int = 20
+    """Images that a device evaluates at once."""
+
+    seed: int = 0
+    """Fixes initialisation, batches and noise; the noise of the test is the same for every seed."""
+    num_devices: int | None = None
+    """Devices to use; without it all, and on a CPU one for each core."""
+    run_dir: Path = Path("runs/density")
+    """Where everything of the run is written."""
+    resume: bool = False
+    """Go on from the last checkpoint of the run's folder."""
+
+
+_STATIC = Config(
+    dataset="binarized_mnist", values="static", validate_every=5000, num_validation=2000
+)
+PRESETS = {
+    "glyphs": Config(),
+    "smoke": Config(
+        steps=4, validate_every=2, num_validation=20, num_test=30, test_samples=5, batch_size=8
+    ),
+    "binarized-mnist": _STATIC,
+    "mnist": replace(_STATIC, dataset="mnist", values="dynamic"),
+    "fashion-mnist": replace(_STATIC, dataset="fashion_mnist", values="levels"),
+    "omniglot": replace(_STATIC, dataset="omniglot", values="dynamic"),
+}
+
+# Over a preset's settings: what the model is, whatever the data.
+_BY_MODEL: dict[ModelName, dict[str, Any]] = {
+    "iwae": {"num_samples": 50, "test_samples": 5000},
+    "ladder_vae": {"num_latents": 32, "hidden_sizes": (512, 256)},
+}
+
+# Steps on 28x28 pictures that 2 cores take in less than 30 minutes.
+_STEPS: dict[ModelName, int] = {}
+
+
+def with_model(preset: Config, line: Config) -> Config:
+    """The preset's settings with those that the model of the command line brings."""
+    preset = replace(preset, **_BY_MODEL.get(line.model, {}))
+    if preset.dataset != "glyphs" and line.model in _STEPS:
+        preset = replace(preset, steps=_STEPS[line.model])
+    run_dir = preset.run_dir.with_name(f"{preset.run_dir.name}-{line.model}")
+    return replace(preset, model=line.model, run_dir=run_dir)
+
+
+def check(config: Config) -> None:
+    """Raises a UserError for settings that would fail only after training, or without sense."""
+    counts = (
+        "num_latents",
+        "num_filters",
+        "num_samples",
+        "steps",
+        "batch_size",
+        "validate_every",
+        "test_samples",
+        "chunk",
+    )
+    least = {name: 1 for name in counts} | {"num_validation": 2}  # An interval needs two.
+    if config.num_test is not None:
+        least |= {"num_test": 30}  # As many are drawn.
+    program.require(
+        *(
+            (getattr(config, name) >= low, f"{name} is {getattr(config, name)}; give {low} or more")
+            for name, low in least.items()
+        ),
+        (config.rate > 0, f"rate is {config.rate}; give more than 0"),
+        (
+            min(config.hidden_sizes, default=1) >= 1,
+            f"hidden_sizes is {config.hidden_sizes}; give 1 or more units for each hidden layer",
+        ),
+        (
+            config.dataset != "binarized_mnist" or config.values == "static",
+            f"dataset binarized_mnist has the values 0 and 1 alone, and values is {config.values}; "
+            "give --values static, or --dataset mnist",
+        ),
+    )
