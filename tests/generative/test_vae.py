@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import references
+from linear_vae import NOISE, decode, encode, linear_model, log_likelihood
 
 from metagen_jax.errors import UserError
 from metagen_jax.generative.likelihoods import bernoulli_log_prob, gaussian_log_prob
@@ -27,47 +28,12 @@ from metagen_jax.nets.vae import LadderVAE
 from metagen_jax.types import Episode
 
 KEY = jax.random.key(0)
-NOISE = 0.3
-"""Standard deviation of x given z in the linear model."""
 
 
 @pytest.fixture
 def float64():
     with jax.enable_x64(True):
         yield
-
-
-def linear_model(rng, posterior="exact"):
-    """`z ~ N(0, 1)`, `x = W z + b + noise`: parameters, with the exact posterior or a wrong one.
-
-    The columns of W are orthogonal, so that the posterior is diagonal.
-    """
-    scales = np.array([0.8, 1.5])
-    weights = np.linalg.qr(rng.normal(size=(4, 2)))[0] * scales
-    offset = rng.normal(size=4)
-    precision = 1 + scales**2 / NOISE**2
-    encoder = {
-        "weights": weights.T / NOISE**2 / precision[:, None],
-        "offset": -weights.T @ offset / NOISE**2 / precision,
-        "log_std": -0.5 * np.log(precision),
-    }
-    if posterior == "wrong":
-        encoder = jax.tree.map(lambda x: x + 0.2 * rng.normal(size=x.shape), encoder)
-    params = {"encoder": encoder, "decoder": {"weights": weights, "offset": offset}}
-    return jax.tree.map(jnp.asarray, params)
-
-
-def encode(params, x):
-    encoder = params["encoder"]
-    return encoder["weights"] @ x + encoder["offset"], encoder["log_std"]
-
-
-def decode(params, z):
-    return params["decoder"]["weights"] @ z + params["decoder"]["offset"]
-
-
-def log_likelihood(x, mean):
-    return gaussian_log_prob(x, mean, jnp.log(NOISE)).sum()
 
 
 INFER = gaussian_inference(encode, decode, log_likelihood)
@@ -119,7 +85,7 @@ def test_the_elbo_with_the_exact_posterior_is_the_marginal_likelihood_in_the_mea
 @pytest.mark.usefixtures("float64")
 def test_bounds_rise_with_the_samples_and_stay_below():
     rng = np.random.default_rng(1)
-    params, x = linear_model(rng, "wrong"), rng.normal(size=4)
+    params, x = linear_model(rng, error=0.2), rng.normal(size=4)
     draws = jnp.broadcast_to(jnp.asarray(x), (4000, 4))
     losses = [
         negative_log_likelihood_loss(importance_weighted_log_prob(INFER, num_samples=k))
@@ -155,7 +121,7 @@ def test_beta_and_free_nats_by_hand():
 
 def test_keys_of_examples_may_be_given():
     rng = np.random.default_rng(0)
-    params, batch = linear_model(rng, "wrong"), jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    params, batch = linear_model(rng, error=0.2), jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(KEY, jnp.arange(3))
     iwae = negative_log_likelihood_loss(importance_weighted_log_prob(INFER, num_samples=2))
     for loss in (vae_loss(INFER), iwae):
@@ -165,7 +131,7 @@ def test_keys_of_examples_may_be_given():
 @pytest.mark.usefixtures("float64")
 def test_the_doubly_reparameterized_gradient_is_the_plain_one_in_the_mean():
     rng = np.random.default_rng(2)
-    params, x = linear_model(rng, "wrong"), rng.normal(size=4)
+    params, x = linear_model(rng, error=0.2), rng.normal(size=4)
     draws = jnp.broadcast_to(jnp.asarray(x), (40_000, 4))
     plain = importance_weighted_log_prob(INFER, num_samples=4)
     twice = doubly_reparameterized_log_prob(encode, decode, log_likelihood, num_samples=4)
@@ -198,7 +164,7 @@ def test_the_doubly_reparameterized_gradient_vanishes_at_the_exact_posterior():
 def test_the_doubly_reparameterized_gradient_by_its_equation():
     """`sum_k w_k^2 d log W_k / dz_k dz_k / dphi`, one sample at a time."""
     rng = np.random.default_rng(3)
-    params, x = linear_model(rng, "wrong"), jnp.asarray(rng.normal(size=4))
+    params, x = linear_model(rng, error=0.2), jnp.asarray(rng.normal(size=4))
     bound = doubly_reparameterized_log_prob(encode, decode, log_likelihood, num_samples=3)
     mean, log_std = encode(params, x)
     noise = [jax.random.normal(jax.random.fold_in(KEY, k), (2,)) for k in range(3)]
@@ -223,7 +189,7 @@ def test_the_doubly_reparameterized_gradient_by_its_equation():
 def test_a_flow_of_the_latents_is_the_posterior_that_it_makes():
     """`z = 2 u + 1` of a Gaussian is a Gaussian, of the same draws."""
     rng = np.random.default_rng(4)
-    params, x = linear_model(rng, "wrong"), jnp.asarray(rng.normal(size=4))
+    params, x = linear_model(rng, error=0.2), jnp.asarray(rng.normal(size=4))
 
     def flow(params, x, u):
         del params, x
@@ -293,7 +259,7 @@ def tasks_of(name, num_tasks):
         params = LADDER.init(KEY, jnp.zeros(3), KEY)
         examples = rng.integers(0, 2, (num_tasks, 5, 3))
     else:
-        params = linear_model(rng, "wrong")
+        params = linear_model(rng, error=0.2)
         examples = rng.integers(0, 2, (num_tasks, 5, 4))
     stacked = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=(num_tasks, *jnp.shape(x))), params)
     return stacked, jnp.asarray(examples, float)
