@@ -8,7 +8,8 @@ Trains a model by maximum likelihood, or a bound, keeps the parameters that vali
 reports the negative log-likelihood of test images, in nats and bits per dimension, with what it is:
 exact, or a bound and by how many importance samples. Writes to the run's folder: `result.json`,
 `learning_curve.png`, `samples.png`, for models with latents `reconstructions.png` and
-`interpolations.png`, metrics, checkpoints.
+`interpolations.png`, for those that can complete what is hidden `completions.png`, metrics,
+checkpoints.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
@@ -24,6 +25,7 @@ from jaxtyping import Array
 from experiments import density_report, program
 from experiments.density_config import PRESETS, Config, check, with_model
 from experiments.density_data import draw_values, load_splits
+from experiments.density_editing import complete_and_report
 from experiments.density_models import MODELS, Model
 from metagen_jax.evaluation.likelihood import evaluate_log_prob
 from metagen_jax.generative.likelihoods import bits_per_dim
@@ -113,6 +115,9 @@ def main(config: Config) -> dict[str, Any]:
     }
     density_report.print_table(config, numbers)
     density_report.draw(config, model, result.best_params, test)
+    if model.complete is not None:
+        print("completing test images")
+        numbers |= complete_and_report(config, model, result.best_params, splits.train, test)
     return numbers
 
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,15 +12,19 @@ from experiments.density_config import Config, ModelName
 from experiments.density_data import to_floats
 from metagen_jax.evaluation.likelihood import importance_sampled_log_prob
 from metagen_jax.generative import vae
+from metagen_jax.generative.editing import Complete, vae_complete
 from metagen_jax.generative.likelihoods import (
     bernoulli_log_prob,
     discretized_logistic_log_prob,
+    sample_bernoulli,
+    sample_discretized_logistic,
 )
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
 from metagen_jax.nets.vae import ConvVAE, DenseVAE, LadderVAE
 from metagen_jax.types import LossFn, Params, PRNGKey
 
 IMPORTANCE_CHUNK = 50
+COMPLETION_STEPS = 100
 
 
 class Model(NamedTuple):
@@ -35,6 +39,8 @@ class Model(NamedTuple):
       sample: `(params, key) -> grey values`, 0 to 1, of one image.
       reconstruct: `(params, image) -> grey values`; None if the model has no latents.
       interpolate: `(params, image, image, weight) -> grey values`, likewise.
+      complete: `(params, image, known, key) -> image`, drawn where `known` is false; None if the
+        model can't.
     """
 
     init: Callable[[PRNGKey, Array], Params]
@@ -45,12 +51,19 @@ class Model(NamedTuple):
     sample: Callable[[Params, PRNGKey], Array]
     reconstruct: Callable[[Params, Array], Array] | None = None
     interpolate: Callable[[Params, Array, Array, Array], Array] | None = None
+    complete: Complete | None = None
 
 
 def _log_likelihood(config: Config, image: Array, decoded: Array) -> Array:
     if config.values == "levels":
         return discretized_logistic_log_prob(image, decoded[..., 0], decoded[..., 1] - 2).sum()
     return bernoulli_log_prob(image, decoded).sum()
+
+
+def _draw(config: Config, key: PRNGKey, decoded: Array) -> Array:
+    if config.values == "levels":
+        return sample_discretized_logistic(key, decoded[..., 0], decoded[..., 1] - 2)
+    return sample_bernoulli(key, decoded)
 
 
 def _mean(config: Config, decoded: Array) -> Array:
@@ -65,17 +78,18 @@ def _num_params(config: Config) -> int:
 
 
 def _gaussian_vae(config: Config, shape: tuple[int, int, int]) -> Model:
-    common = {"num_latents": config.num_latents, "num_params": _num_params(config)}
+    latents, outputs = config.num_latents, _num_params(config)
     if config.model == "conv_vae":
-        net = ConvVAE(shape, num_filters=config.num_filters, **common)
+        net = ConvVAE(shape, latents, num_filters=config.num_filters, num_params=outputs)
     else:
-        net = DenseVAE(shape, hidden_sizes=config.hidden_sizes, **common)
+        net = DenseVAE(shape, latents, config.hidden_sizes, num_params=outputs)
+    apply: Callable[..., Any] = net.apply
 
     def encode(params: Params, image: Array) -> tuple[Array, Array]:
-        return net.apply(params, to_floats(config, image), method="encode")
+        return apply(params, to_floats(config, image), method="encode")
 
     def decode(params: Params, z: Array) -> Array:
-        return net.apply(params, z, method="decode")
+        return apply(params, z, method="decode")
 
     def grey(params: Params, z: Array) -> Array:
         return _mean(config, decode(params, z))
@@ -107,6 +121,14 @@ def _gaussian_vae(config: Config, shape: tuple[int, int, int]) -> Model:
         sample=lambda params, key: grey(params, jax.random.normal(key, (config.num_latents,))),
         reconstruct=reconstruct,
         interpolate=interpolate,
+        complete=vae_complete(
+            encode,
+            decode,
+            log_likelihood,
+            functools.partial(_draw, config),
+            num_steps=COMPLETION_STEPS,
+            num_warmup=COMPLETION_STEPS,
+        ),
     )
 
 
@@ -117,18 +139,19 @@ def _ladder_vae(config: Config, shape: tuple[int, int, int]) -> Model:
         hidden_sizes=config.hidden_sizes,
         num_params=_num_params(config),
     )
+    apply: Callable[..., Any] = net.apply
 
-    def apply(params: Params, image: Array, key: PRNGKey):
-        return net.apply(params, to_floats(config, image), key)
+    def draw(params: Params, image: Array, key: PRNGKey) -> tuple[Array, Any]:
+        return apply(params, to_floats(config, image), key)
 
-    infer = vae.hierarchical_inference(apply, functools.partial(_log_likelihood, config))
+    infer = vae.hierarchical_inference(draw, functools.partial(_log_likelihood, config))
     return Model(
         init=lambda key, images: net.init(key, to_floats(config, images[0]), key),
         loss_fn=vae.vae_loss(infer),
         log_prob=vae.importance_weighted_log_prob(infer, num_samples=1),
         **_importance_sampled(config, infer),
-        sample=lambda params, key: _mean(config, net.apply(params, key, method="sample")),
-        reconstruct=lambda params, image: _mean(config, apply(params, image, jax.random.key(0))[0]),
+        sample=lambda params, key: _mean(config, apply(params, key, method="sample")),
+        reconstruct=lambda params, image: _mean(config, draw(params, image, jax.random.key(0))[0]),
     )
 
 
