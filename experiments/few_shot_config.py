@@ -231,7 +231,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 
 # Outer steps of the 1-shot presets of Omniglot that 2 cores take in less than 20 minutes.
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
-    "reptile": 24_000,
+    "reptile": 45_000,
     "imaml": 1250,
     "prototypical": 3000,
     "matching": 8000,
