@@ -10,22 +10,18 @@ sampler and step are timed in turns. Writes `benchmarks/results/bench_episodes.j
 """
 
 import argparse
-import json
-import os
-import statistics
-from pathlib import Path
+import functools
 
-import jax
+from benchmarks import harness
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    harness.one_device_per_core()
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.bench_maml import seconds
-from experiments.program import provenance
 from metagen_jax.data.episodes import ClassData, group_by_class, sample_episode
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.maml import maml_loss
@@ -112,18 +108,19 @@ def main() -> None:
         result = jax.block_until_ready(program(*arguments))
         if name != "whole step":
             check_distinct(result)
-    times = {name: [] for name in programs}
-    for _ in range(rounds):
-        for name, (program, arguments) in programs.items():
-            times[name].append(seconds(program, *arguments))
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    calls = {
+        name: functools.partial(program, *arguments)
+        for name, (program, arguments) in programs.items()
+    }
+    timings = {name: harness.Timing([], None, None) for name in programs}
+    harness.time_in_turns(calls, timings, rounds=rounds)
+    whole = timings["whole step"].median
     print(f"{num_tasks} episodes of {num_classes * ROTATIONS} classes; medians of {rounds} rounds")
-    for name, median in medians.items():
-        print(f"{name:20} {1000 * median:8.2f} ms {100 * median / medians['whole step']:7.2f} %")
+    for name, timing in timings.items():
+        share = 100 * timing.median / whole
+        print(f"{name:20} {1000 * timing.median:8.2f} ms {share:7.2f} %")
     if not smoke:
-        result = {"medians_seconds": medians, "all_seconds": times, **provenance()}
-        path = Path(__file__).parent / "results" / "bench_episodes.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        harness.write_result("bench_episodes", harness.as_numbers(timings))
 
 
 if __name__ == "__main__":

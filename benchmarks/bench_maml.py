@@ -8,24 +8,18 @@ and the table holds medians. Writes `benchmarks/results/bench_maml.json`.
 """
 
 import argparse
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
-import jax
+from benchmarks import harness
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    harness.one_device_per_core()
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.program import provenance
 from metagen_jax.gradients import gradients, mean_over_tasks
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.nets.conv4 import BatchNorm, Conv4
@@ -85,26 +79,6 @@ def variants(num_filters: int) -> dict[str, GradFn]:
     }
 
 
-def check_equal(steps: dict[str, Callable], params, batch: Episode, key) -> float:
-    """The largest distance of a meta-gradient from the first variant's, relative to its norm."""
-    results = [jax.device_get(step(params, batch, key)) for step in steps.values()]
-    (reference, metrics), *others = results
-    worst = 0.0
-    for direction, other_metrics in others:
-        np.testing.assert_allclose(other_metrics["loss"], metrics["loss"], rtol=1e-4)
-        difference = jax.tree.map(jnp.subtract, direction, reference)
-        worst = max(worst, float(optax.global_norm(difference) / optax.global_norm(reference)))
-    # At ReLU's kink any two implementations differ in float32 (tests compare in float64).
-    assert worst < 2e-2, f"the meta-gradients differ by {worst:.1e} of their norm"
-    return worst
-
-
-def seconds(step: Callable, *arguments) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(step(*arguments))
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few filters and tasks, one round")
@@ -113,43 +87,15 @@ def main() -> None:
 
     batch, key = make_tasks(num_tasks, num_queries=1 if smoke else 5), jax.random.key(0)
     params = Conv4(5, num_filters).init(key, batch.support[0][0])
-    steps, compile_seconds, temporaries = {}, {}, {}
-    for name, grad_fn in variants(num_filters).items():
-        start = time.perf_counter()
-        steps[name] = jax.jit(grad_fn).lower(params, batch, key).compile()
-        compile_seconds[name] = time.perf_counter() - start
-        temporaries[name] = steps[name].memory_analysis().temp_size_in_bytes / 2**20
-    difference = check_equal(steps, params, batch, key)
-    times = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(seconds(step, params, batch, key))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    best_flax = min(value for name, value in medians.items() if name.startswith("flax"))
-
+    timings = harness.time_compiled(variants(num_filters), params, batch, key, rounds=rounds)
+    difference = timings.difference
     print(f"meta-gradients agree to {difference:.1e} of their norm; medians of {rounds} rounds")
-    print(
-        f"{'variant':50} {'step':>8} {'tasks/s':>8} {'compile':>8} {'temporaries':>11} {'ratio':>6}"
-    )
-    for name, median in medians.items():
-        print(
-            f"{name:50} {median:6.3f} s {num_tasks / median:8.1f} {compile_seconds[name]:6.1f} s "
-            f"{temporaries[name]:7.0f} MiB {best_flax / median:6.2f}"
-        )
-    print("ratio: how many times as fast as the best of the flax.linen.Conv variants")
+    harness.print_timings(timings.of, per_step=num_tasks, unit="tasks", best="flax")
     if not smoke:
-        result = {
-            "medians_seconds": medians,
-            "all_seconds": times,
-            "compile_seconds": compile_seconds,
-            "temporaries_mib": temporaries,
-            "num_tasks": num_tasks,
-            "relative_difference": difference,
-            **provenance(),
-        }
-        path = Path(__file__).parent / "results" / "bench_maml.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        numbers = harness.as_numbers(timings.of)
+        harness.write_result(
+            "bench_maml", {**numbers, "num_tasks": num_tasks, "relative_difference": difference}
+        )
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class Config:
     """Of iMAML's proximal term, lambda."""
     cg_steps: int = 5
     """Steps of iMAML's conjugate gradients."""
+    cg_damping: float = 0.0
+    """Added to iMAML's strength in the equation for its gradient, which so becomes first-order."""
     num_context: int = 64
     """Context parameters of CAVIA."""
     distance: Distance = "squared_euclidean"
@@ -215,7 +217,13 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "num_tasks": 4,
         "test_steps": 50,
     },
-    "imaml": {"inner_rate": 0.1, "inner_steps": 16, "test_steps": 16},
+    "imaml": {
+        "inner_rate": 0.1,
+        "inner_steps": 16,
+        "test_steps": 16,
+        "cg_damping": 10.0,
+        "num_tasks": 8,
+    },
     "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
     "prototypical": {
@@ -232,7 +240,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 # Outer steps of the 1-shot presets of Omniglot that 2 cores take in less than 20 minutes.
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "reptile": 45_000,
-    "imaml": 1250,
+    "imaml": 7000,
     "prototypical": 3000,
     "matching": 8000,
     "matching_fce": 8000,

@@ -104,7 +104,11 @@ def implicit(config: Config) -> Learner:
         "strength": config.strength,
     }
     grad_fn = implicit_maml_gradients(
-        loss_fn, num_steps=config.inner_steps, num_cg_steps=config.cg_steps, **inner
+        loss_fn,
+        num_steps=config.inner_steps,
+        num_cg_steps=config.cg_steps,
+        damping=config.cg_damping,
+        **inner,
     )
     predict = implicit_maml_predict(
         loss_fn, both_modes(net.apply), num_steps=config.test_steps, every_step=True, **inner
