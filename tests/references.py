@@ -130,3 +130,23 @@ def sample_episode(key, examples, labels, *, num_ways, num_shots, num_queries, n
         (np.concatenate(support), np.repeat(ways, num_shots)),
         (np.concatenate(query), np.repeat(ways, num_queries)),
     )
+
+
+def rational_quadratic_spline(x, widths, heights, slopes, bound):
+    """One number by its bin, equation 4 of Durkan et al. 2019, from unbounded parameters."""
+    if abs(x) >= bound:
+        return x
+
+    def knots(logits):
+        weights = np.exp(logits - np.max(logits))
+        sizes = 1e-3 + (1 - 1e-3 * len(logits)) * weights / weights.sum()
+        return bound * (2 * np.concatenate([[0], np.cumsum(sizes)]) - 1)
+
+    xs, ys = knots(widths), knots(heights)
+    offset = np.log(np.exp(1 - 1e-3) - 1)
+    ds = np.concatenate([[1], 1e-3 + np.log1p(np.exp(slopes + offset)), [1]])
+    k = sum(x >= xs[1:-1])
+    s = (ys[k + 1] - ys[k]) / (xs[k + 1] - xs[k])
+    t = (x - xs[k]) / (xs[k + 1] - xs[k])
+    above = (ys[k + 1] - ys[k]) * (s * t**2 + ds[k] * t * (1 - t))
+    return ys[k] + above / (s + (ds[k + 1] + ds[k] - 2 * s) * t * (1 - t))
