@@ -11,7 +11,8 @@ of every order consist of these three alone; JAX's own transposes of the patch p
 """
 
 import functools
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,11 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
+from metagen_jax.errors import UserError
 from metagen_jax.types import AnyArray
+
+Padding = Literal["SAME", "VALID"]
+"""Zeros around the images so that `ceil(size / stride)` windows fit, or none."""
 
 
 def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
@@ -30,29 +35,35 @@ def same_padding(size: int, window: int, stride: int) -> tuple[int, int]:
 
 
 def extract_patches(
-    images: Float[Array, "n h w c"], window: tuple[int, int], stride: tuple[int, int]
+    images: Float[Array, "n h w c"],
+    window: tuple[int, int],
+    stride: tuple[int, int],
+    padding: Padding = "SAME",
 ) -> Float[Array, "n h2 w2 patch"]:
-    """The "SAME"-padded patches under a sliding window, in the order (row, column, channel).
+    """The patches under a sliding window, in the order (row, column, channel).
 
     Args:
       images: `(n, h, w, c)`.
       window: height and width of a patch.
       stride: step between patches, down and across.
+      padding: "SAME" or "VALID".
 
     Returns:
-      `(n, ceil(h / stride), ceil(w / stride), window_h * window_w * c)`.
+      `(n, h2, w2, window_h * window_w * c)`: "SAME", h2 is `ceil(h / stride)`; "VALID",
+      `floor((h - window_h) / stride) + 1`.
     """
-    _, height, width, _ = images.shape
-    rows, columns = -(-height // stride[0]), -(-width // stride[1])
-    padding = (
-        (0, 0),
-        same_padding(height, window[0], stride[0]),
-        same_padding(width, window[1], stride[1]),
-        (0, 0),
-    )
-    padded = jnp.pad(images, padding)
+    if padding == "SAME":
+        _, height, width, _ = images.shape
+        sides = (
+            (0, 0),
+            same_padding(height, window[0], stride[0]),
+            same_padding(width, window[1], stride[1]),
+            (0, 0),
+        )
+        images = jnp.pad(images, sides)
+    rows, columns = ((images.shape[1 + i] - window[i]) // stride[i] + 1 for i in (0, 1))
     corners = [
-        padded[
+        images[
             :,
             i : i + (rows - 1) * stride[0] + 1 : stride[0],
             j : j + (columns - 1) * stride[1] + 1 : stride[1],
@@ -69,11 +80,12 @@ class _Shape(NamedTuple):
     size: tuple[int, int]
     window: tuple[int, int]
     strides: tuple[int, int]
+    padding: Padding
 
 
 def _outputs(images, kernel, *, shape: _Shape):
     """The convolution: `(n, h, w, c)` and `(kh, kw, c, f)` to `(n, h2, w2, f)`."""
-    patches = extract_patches(images, shape.window, shape.strides)
+    patches = extract_patches(images, shape.window, shape.strides, shape.padding)
     return patches @ kernel.reshape(-1, kernel.shape[-1])
 
 
@@ -81,13 +93,15 @@ def _images(outputs, kernel, *, shape: _Shape):
     """Its transpose in the images: `(n, h2, w2, f)` and `(kh, kw, c, f)` to `(n, h, w, c)`."""
     patches = outputs @ kernel.reshape(-1, kernel.shape[-1]).T
     images = jax.ShapeDtypeStruct((len(outputs), *shape.size, kernel.shape[2]), outputs.dtype)
-    extract = functools.partial(extract_patches, window=shape.window, stride=shape.strides)
+    extract = functools.partial(
+        extract_patches, window=shape.window, stride=shape.strides, padding=shape.padding
+    )
     return jax.linear_transpose(extract, images)(patches)[0]
 
 
 def _kernel(images, outputs, *, shape: _Shape):
     """Its transpose in the kernel: `(n, h, w, c)` and `(n, h2, w2, f)` to `(kh, kw, c, f)`."""
-    patches = extract_patches(images, shape.window, shape.strides)
+    patches = extract_patches(images, shape.window, shape.strides, shape.padding)
     kernel = jnp.einsum("nhwp,nhwf->pf", patches, outputs)
     return kernel.reshape(*shape.window, images.shape[-1], outputs.shape[-1])
 
@@ -133,17 +147,26 @@ def convolve(
     kernel: Float[AnyArray, "kh kw c f"],
     *,
     strides: tuple[int, int] = (1, 1),
+    padding: Padding = "SAME",
 ) -> Float[Array, "n h2 w2 f"]:
-    """The "SAME" convolution of `flax.linen.Conv`, as patches times a matrix.
+    """The convolution of `flax.linen.Conv`, as patches times a matrix.
 
     `out[n, y, x, f] = sum_{i, j, c} padded[n, s y + i, s x + j, c] kernel[i, j, c, f]`
 
     Differentiable to any order, in forward and in reverse mode.
+
+    Raises:
+      UserError: for images smaller than the kernel where nothing is padded.
     """
     dtype = jnp.result_type(images, kernel)
     _, height, width, _ = images.shape
     kernel_h, kernel_w, _, _ = kernel.shape
-    shape = _Shape((height, width), (kernel_h, kernel_w), strides)
+    if padding == "VALID" and (height < kernel_h or width < kernel_w):
+        raise UserError(
+            f"images have {height}x{width} pixels; a {kernel_h}x{kernel_w} kernel needs at least "
+            'as many, or give padding="SAME"'
+        )
+    shape = _Shape((height, width), (kernel_h, kernel_w), strides, padding)
     operands = _vary_alike(jnp.asarray(images, dtype), jnp.asarray(kernel, dtype))
     return _outputs_p.bind(*operands, shape=shape)
 
@@ -162,25 +185,30 @@ def _vary_alike(*operands: Array) -> list[Array]:
 
 
 class Conv(nn.Module):
-    """`flax.linen.Conv` with "SAME" padding, the same parameters and the same numbers.
+    """`flax.linen.Conv`, the same parameters and the same numbers.
 
     Attributes:
       features: output channels.
       kernel_size: height and width of the kernel.
       strides: step between outputs, down and across.
       use_bias: whether a bias is added.
+      padding: "SAME" or "VALID".
     """
 
     features: int
     kernel_size: tuple[int, int] = (3, 3)
     strides: tuple[int, int] = (1, 1)
     use_bias: bool = True
+    padding: Padding = "SAME"
 
     @nn.compact
-    def __call__(self, images: Float[AnyArray, "n h w c"]) -> Float[Array, "n h2 w2 f"]:
+    def __call__(self, images: Float[AnyArray, "*batch h w c"]) -> Float[Array, "*batch h2 w2 f"]:
         shape = (*self.kernel_size, images.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
-        outputs = convolve(images, kernel, strides=self.strides)
+        batch = images.shape[:-3]
+        together = images.reshape(math.prod(batch), *images.shape[-3:])
+        outputs = convolve(together, kernel, strides=self.strides, padding=self.padding)
+        outputs = outputs.reshape(*batch, *outputs.shape[1:])
         if self.use_bias:
             outputs += self.param(
                 "bias", nn.initializers.zeros_init(), (self.features,), jnp.float32

@@ -10,6 +10,7 @@ import pytest
 import references
 from flax import linen as nn
 
+from metagen_jax.errors import UserError
 from metagen_jax.nets.convolution import Conv, convolve, max_pool_2x2
 
 
@@ -72,6 +73,29 @@ def test_equals_a_loop_on_images_smaller_than_the_kernel(size):
             convolve(images, kernel, strides=strides),
             references.convolve_same(images, kernel, strides),
         )
+
+
+@pytest.mark.parametrize(("kernel_size", "strides"), [((2, 3), (1, 1)), ((4, 1), (2, 3))])
+def test_without_padding_it_equals_flax_to_second_order(kernel_size, strides):
+    images = random(2, 7, 8, 3)
+    flax = nn.Conv(4, kernel_size, strides, padding="VALID", param_dtype=jnp.float64)
+    params = {"kernel": random(*kernel_size, 3, 4, seed=1) / 3, "bias": random(4, seed=2)}
+    direction = (jax.tree.map(lambda x: x + 0.5, params), random(2, 7, 8, 3, seed=3))
+    ours = Conv(4, kernel_size, strides, padding="VALID")
+    expected = to_second_order(flax)(params, images, direction)
+    assert_close(to_second_order(ours)(params, images, direction), expected)
+
+
+def test_without_padding_it_refuses_images_smaller_than_the_kernel():
+    with pytest.raises(UserError, match="images have 2x4 pixels; a 3x3 kernel needs at least as"):
+        convolve(random(1, 2, 4, 1), random(3, 3, 1, 1), padding="VALID")
+
+
+def test_any_batch_axes_are_those_of_the_images():
+    images, params = random(2, 3, 4, 5, 1), {"kernel": random(3, 3, 1, 2), "bias": random(2)}
+    together = Conv(2).apply({"params": params}, images)
+    one_by_one = [[Conv(2).apply({"params": params}, x) for x in row] for row in images]
+    assert_close(together, jnp.asarray(one_by_one))
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
