@@ -94,6 +94,7 @@ def train_step(
     sample: Callable[[PRNGKey, PyTree], Batch],
     *,
     schedule: Callable[[Int32[Array, ""]], PyTree] | None = None,
+    update_slow: Callable[[Params, Batch, PRNGKey], Params] | None = None,
 ) -> StepFn:
     """The compiled step: draw a batch, take its direction, update.
 
@@ -107,6 +108,9 @@ def train_step(
         argument of the step: closed over they would be constants of the program.
       schedule: `step -> values` that change in the course of training, such as the annealed weights
         of a loss. Every task then comes with them, as `(task, values)`.
+      update_slow: `(params, batch, k'') -> params`, after the optimiser's update, for leaves that
+        follow others, such as moving averages; k'' is `fold_in(fold_in(key, i), 2)`. See that
+        neither a gradient nor the optimiser (weight decay!) moves them.
 
     Returns:
       `step(state, data) -> (state, metrics)`, which donates its `state`; the metrics are those of
@@ -114,7 +118,8 @@ def train_step(
     """
 
     def step(state: TrainState, data: PyTree) -> tuple[TrainState, Metrics]:
-        sample_key, grad_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        step_key = jax.random.fold_in(state.key, state.step)
+        sample_key, grad_key = jax.random.split(step_key)
         batch = sample(sample_key, data)
         if schedule is not None:
             values = jax.tree.map(jnp.asarray, schedule(state.step))
@@ -126,6 +131,8 @@ def train_step(
         direction, metrics = grad_fn(state.params, batch, grad_key)
         updates, opt_state = optimizer.update(direction, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if update_slow is not None:
+            params = update_slow(params, batch, jax.random.fold_in(step_key, 2))
         metrics = {**metrics, "gradient_norm": optax.tree.norm(direction)}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 

@@ -76,6 +76,26 @@ def test_every_task_comes_with_the_values_of_the_schedule():
         assert metrics["loss"] == len(sample(KEY, DATA)[0]) * i / 2
 
 
+def test_slow_leaves_follow_the_update_with_a_key_of_their_own():
+    def grad_fn(params, batch, key):
+        return {"fast": jnp.ones(2), "slow": jnp.zeros(2)}, {"key": jax.random.uniform(key)}
+
+    def update_slow(params, batch, key):
+        slow = params["slow"] + params["fast"] + len(batch[0]) + jax.random.uniform(key)
+        return {**params, "slow": slow}
+
+    step = train_step(grad_fn, optax.sgd(0.5), sample, update_slow=update_slow)
+    state = init_state({"fast": jnp.zeros(2), "slow": jnp.zeros(2)}, optax.sgd(0.5), KEY)
+    slow = 0.0
+    for i in range(2):
+        state, metrics = step(state, DATA)
+        key = jax.random.fold_in(jax.random.fold_in(KEY, i), 2)
+        slow += -0.5 * (i + 1) + len(sample(KEY, DATA)[0]) + jax.random.uniform(key)
+        assert metrics["key"] != jax.random.uniform(key)
+        np.testing.assert_allclose(state.params["slow"], slow, rtol=1e-6)
+        np.testing.assert_allclose(state.params["fast"], -0.5 * (i + 1))
+
+
 def test_donation_leaves_the_arrays_of_the_caller_alone():
     params = {"a": jnp.ones(3), "tied": None, "number": 2.0}
     params["tied"] = params["a"]
