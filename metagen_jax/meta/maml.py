@@ -14,7 +14,17 @@ from jaxtyping import Array, Float, PyTree
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients, mixed_gradients
 from metagen_jax.meta.adapt import BatchAt, Gradient, Step, adapt, at_step, check_inner_loop
-from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey, Trainable
+from metagen_jax.types import (
+    Batch,
+    Episode,
+    GradFn,
+    LossFn,
+    Metrics,
+    Params,
+    PredictFn,
+    PRNGKey,
+    Trainable,
+)
 
 
 def maml_loss(
@@ -93,6 +103,68 @@ def maml_loss(
         return weights @ losses, jax.tree.map(lambda x: x[-1], metrics)
 
     return episode_loss
+
+
+def maml_gradients(
+    grad_fn: GradFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int,
+    gradient: Gradient = "reverse",
+    trainable: Trainable | None = None,
+    per_step: Trainable | None = None,
+    batch_at: BatchAt | None = None,
+) -> GradFn:
+    """The meta-gradient where what is trained is a direction and no loss, as of two players.
+
+    `(d theta_K / d theta)^T grad_fn(theta_K, query)`, theta_K adapted to the support set: the
+    direction of the query at the adapted parameters, pulled back to the initialisation. It is
+    `gradients(maml_loss(loss_fn, ...))` for `grad_fn = gradients(loss_fn)`. In a game each player's
+    query loss is so differentiated by its own adapted parameters, and by all of the initialisation
+    that these depend on: each player's initialisation also serves the other player's adaptation.
+
+    Args:
+      grad_fn: the direction on support and on query, such as
+        `metagen_jax.generative.gan.gan_gradients`.
+      inner_optimizer: as in `maml_loss`, and so are the others.
+      num_steps: inner steps K.
+      gradient: as in `maml_loss`; "mixed" is then what `grad_fn` makes of it, see `adapt`.
+      trainable: which leaves the inner loop moves, by path; None moves all.
+      per_step: which leaves have an entry for each number of inner steps taken; see `adapt`.
+      batch_at: mini-batches for the inner steps; see `adapt`.
+
+    Returns:
+      A `GradFn` over `Episode(support, query)` whose metrics are those of `grad_fn` on the query.
+
+    Raises:
+      UserError: for a negative `num_steps` or an unknown `gradient`. The direction itself raises
+        one for a `trainable` or a `per_step` that chooses no leaf.
+    """
+    check_inner_loop(num_steps, gradient)
+
+    def episode_gradients(params: Params, episode: Episode, key: PRNGKey) -> tuple[Params, Metrics]:
+        adapt_key, query_key = jax.random.split(key)
+
+        def adapted(params: Params) -> Params:
+            adapted = adapt(
+                grad_fn,
+                params,
+                episode.support,
+                adapt_key,
+                optimizer=inner_optimizer,
+                num_steps=num_steps,
+                gradient=gradient,
+                trainable=trainable,
+                per_step=per_step,
+                batch_at=batch_at,
+            )
+            return at_step(adapted.params, num_steps, per_step)
+
+        at_query, pull_back = jax.vjp(adapted, params)
+        direction, metrics = grad_fn(at_query, episode.query, query_key)
+        return pull_back(direction)[0], metrics
+
+    return episode_gradients
 
 
 def maml_predict(
