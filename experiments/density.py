@@ -26,7 +26,8 @@ from experiments import density_report, program
 from experiments.density_config import PRESETS, Config, check, with_model
 from experiments.density_data import draw_values, load_splits
 from experiments.density_editing import complete_and_report
-from experiments.density_models import MODELS, Model
+from experiments.density_model import Model
+from experiments.density_models import MODELS
 from metagen_jax.evaluation.likelihood import evaluate_log_prob
 from metagen_jax.generative.likelihoods import bits_per_dim
 from metagen_jax.gradients import gradients

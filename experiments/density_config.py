@@ -6,7 +6,9 @@ from typing import Any, Literal
 
 from experiments import program
 
-ModelName = Literal["vae", "conv_vae", "ladder_vae", "iwae"]
+ModelName = Literal[
+    "vae", "conv_vae", "ladder_vae", "iwae", "made", "pixelcnn", "row_lstm", "diagonal_bilstm"
+]
 
 DatasetName = Literal["binarized_mnist", "mnist", "fashion_mnist", "omniglot", "glyphs", "cifar10"]
 
@@ -31,7 +33,11 @@ class Config:
     hidden_sizes: tuple[int, ...] = (200, 200)
     """Units of each hidden layer, from the image."""
     num_filters: int = 32
-    """Channels of the first convolution."""
+    """Channels of the first convolution, or of each layer of a PixelCNN or PixelRNN."""
+    num_layers: int = 7
+    """Layers of a PixelCNN or PixelRNN."""
+    num_components: int = 5
+    """Logistics in the mixture of each value, where values are levels."""
     num_samples: int = 1
     """Samples of the importance weighted bound in training; 1 is the ELBO."""
     doubly_reparameterized: bool = False
@@ -82,6 +88,10 @@ PRESETS = {
 # Over a preset's settings: what the model is, whatever the data.
 _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "iwae": {"num_samples": 50, "test_samples": 5000},
+    "made": {"hidden_sizes": (500, 500)},
+    "pixelcnn": {"batch_size": 50},
+    "row_lstm": {"num_filters": 16, "batch_size": 50},
+    "diagonal_bilstm": {"num_filters": 16, "batch_size": 50},
     "ladder_vae": {"num_latents": 32, "hidden_sizes": (512, 256)},
 }
 
@@ -103,6 +113,8 @@ def check(config: Config) -> None:
     counts = (
         "num_latents",
         "num_filters",
+        "num_layers",
+        "num_components",
         "num_samples",
         "steps",
         "batch_size",

@@ -72,6 +72,6 @@ def to_floats(config: Config, values: Int[Array, "*shape"]) -> Float[Array, "*sh
     return values / 127.5 - 1 if config.values == "levels" else values.astype(jnp.float32)
 
 
-def to_grey(config: Config, values: Array | np.ndarray) -> np.ndarray:
+def to_grey(config: Config, values: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Values as pictures show them, from 0 to 1."""
-    return np.asarray(values, np.float32) / (255 if config.values == "levels" else 1)
+    return values.astype(jnp.float32) / (255 if config.values == "levels" else 1)

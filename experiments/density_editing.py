@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from experiments.density_config import Config
 from experiments.density_data import to_grey
-from experiments.density_models import Model
+from experiments.density_model import Model
 from metagen_jax.evaluation.baselines import squared_distances
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.evaluation.image_grids import plot_image_grid
@@ -33,12 +33,12 @@ def complete_and_report(
     half of the training image whose upper half is nearest.
     """
     test = test[:NUM_IMAGES]
-    truth = to_grey(config, test)
+    truth = np.asarray(to_grey(config, test))
     known = np.ones(test.shape[1:], bool)
     known[known.shape[0] // 2 :] = False
     seen = train.astype(np.float32) / (1 if config.values == "static" else 255)
     mean = np.broadcast_to(seen.mean(0), truth.shape)
-    made = to_grey(config, _complete(config, model, params, test, known, mean))
+    made = np.asarray(to_grey(config, _complete(config, model, params, test, known, mean)))
     guesses = {
         "one completion": made[:, 0],
         f"mean of {NUM_COMPLETIONS} completions": made.mean(1),
@@ -64,7 +64,7 @@ def _complete(
     images: Array,
     known: Bool[np.ndarray, "h w c"],
     mean: np.ndarray,
-) -> np.ndarray:
+) -> Array:
     """`(images, completions, h, w, c)`, begun with pixels that the mean image makes likely."""
     complete = model.complete
     assert complete is not None
@@ -85,7 +85,7 @@ def _complete(
 
     tasks = (images, jnp.asarray(mean), task_keys(jax.random.key(COMPLETION_SEED), len(images)))
     run = jax.jit(map_over_tasks(of_one, devices=devices, chunk=min(config.chunk, len(images))))
-    return np.asarray(run(replicate(params, devices=devices), tasks))
+    return run(replicate(params, devices=devices), tasks)
 
 
 def _nearest(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from experiments.density_config import Config
 from experiments.density_data import to_grey
-from experiments.density_models import Model
+from experiments.density_model import Model
 from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.image_grids import plot_image_grid
 from metagen_jax.gradients import task_keys
@@ -74,7 +74,7 @@ def _draw_reconstructions(
 ) -> None:
     made = jax.jit(jax.vmap(reconstruct, in_axes=(None, 0)))(params, images)
     shape = images.shape[1:]
-    rows = [to_grey(config, images), np.asarray(made)]
+    rows = [np.asarray(to_grey(config, images)), np.asarray(made)]
     pairs = np.stack([x.reshape(3, 10, *shape) for x in rows], axis=1)
     plot_image_grid(
         pairs.reshape(6, 10, *shape),
@@ -91,7 +91,7 @@ def _draw_interpolations(
     along = jax.vmap(jax.vmap(interpolate, (None, None, None, 0)), (None, 0, 0, None))
     first, last = images[::2], images[1::2]
     made = np.asarray(jax.jit(along)(params, first, last, weights))
-    ends = (to_grey(config, x)[:, None] for x in (first, last))
+    ends = (np.asarray(to_grey(config, x))[:, None] for x in (first, last))
     start, stop = ends
     plot_image_grid(
         np.concatenate([start, made, stop], axis=1),

@@ -61,11 +61,11 @@ class DenseVAE(nn.Module):
         """Mean and log standard deviation of `q(z | x)`."""
         return _mean_and_log_std(self.encoder(jnp.ravel(x)))
 
-    def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape_and_params"]:
-        """Parameters of `p(x | z)`: of `shape`, with a last axis more if `num_params` is not 1."""
-        return _elements(self.decoder(z), self.shape, self.num_params)
+    def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape params"]:
+        """Parameters of `p(x | z)`, `(*shape, num_params)`."""
+        return self.decoder(z).reshape(*self.shape, self.num_params)
 
-    def __call__(self, x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape_and_params"]:
+    def __call__(self, x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape params"]:
         """The reconstruction from the mean of `q(z | x)`."""
         return self.decode(self.encode(x)[0])
 
@@ -106,15 +106,15 @@ class ConvVAE(nn.Module):
             x = self.activation(conv(x))
         return _mean_and_log_std(self.to_latents(x.ravel()))
 
-    def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape_and_params"]:
-        """Parameters of `p(x | z)`: of `shape`, with a last axis more if `num_params` is not 1."""
+    def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape params"]:
+        """Parameters of `p(x | z)`, `(*shape, num_params)`."""
         x = self.from_latents(z).reshape(1, *self.smallest)
         for conv, (height, width) in zip(self.up, self.sizes[1:], strict=True):
             x = self.activation(x).repeat(2, axis=1).repeat(2, axis=2)[:, :height, :width]
             x = conv(x)
-        return _elements(x, self.shape, self.num_params)
+        return x.reshape(*self.shape, self.num_params)
 
-    def __call__(self, x: Float[AnyArray, "h w c"]) -> Float[Array, "*shape_and_params"]:
+    def __call__(self, x: Float[AnyArray, "h w c"]) -> Float[Array, "*shape params"]:
         """The reconstruction from the mean of `q(z | x)`."""
         return self.decode(self.encode(x)[0])
 
@@ -155,7 +155,7 @@ class LadderVAE(nn.Module):
 
     def __call__(
         self, x: Float[AnyArray, "*shape"], key: PRNGKey
-    ) -> tuple[Float[Array, "*shape_and_params"], list[Level]]:
+    ) -> tuple[Float[Array, "*shape params"], list[Level]]:
         """Parameters of `p(x | z_1)` for latents drawn from `q(z | x)`, and these, top first."""
         evidence, hidden = [], jnp.ravel(x)
         for up, out in zip(self.up, self.evidence, strict=True):
@@ -163,7 +163,7 @@ class LadderVAE(nn.Module):
             evidence.append(_mean_and_log_std(out(hidden)))
         return self._descend(key, evidence)
 
-    def sample(self, key: PRNGKey) -> Float[Array, "*shape_and_params"]:
+    def sample(self, key: PRNGKey) -> Float[Array, "*shape params"]:
         """The parameters of `p(x | z_1)` for latents drawn from `p(z)`."""
         return self._descend(key, None)[0]
 
@@ -178,7 +178,7 @@ class LadderVAE(nn.Module):
             below = self.down[i](z)
             if i:
                 prior = _mean_and_log_std(below)
-        return _elements(below, self.shape, self.num_params), levels
+        return below.reshape(*self.shape, self.num_params), levels
 
 
 def _mean_and_log_std(outputs: Float[Array, " twice"]) -> Gaussian:
@@ -191,7 +191,3 @@ def _product(a: Gaussian, b: Gaussian) -> Gaussian:
     weight = jax.nn.sigmoid(2 * (b.log_std - a.log_std))
     log_precision = jnp.logaddexp(-2 * a.log_std, -2 * b.log_std)
     return Gaussian(weight * a.mean + (1 - weight) * b.mean, -0.5 * log_precision)
-
-
-def _elements(outputs: Array, shape: tuple[int, ...], num_params: int) -> Array:
-    return outputs.reshape(shape if num_params == 1 else (*shape, num_params))

@@ -239,7 +239,7 @@ def linear_bernoulli(params, z):
 
 MODELS = {
     "gaussian": gaussian_inference(encode, linear_bernoulli, bernoulli),
-    "ladder": hierarchical_inference(LADDER.apply, bernoulli),
+    "ladder": hierarchical_inference(LADDER.apply, lambda x, logits: bernoulli(x, logits[:, 0])),
 }
 
 

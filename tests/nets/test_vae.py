@@ -25,7 +25,7 @@ def test_latents_and_parameters_have_their_shapes(name):
     mean, log_std = net.apply(params, x, method="encode")
     assert mean.shape == log_std.shape == (3,)
     decoded = net.apply(params, mean, method="decode")
-    assert decoded.shape == ((5, 6, 2, 2) if "two" in name else (5, 6, 2))
+    assert decoded.shape == ((5, 6, 2, 2 if "two" in name else 1))
     np.testing.assert_array_equal(net.apply(params, x), decoded)
 
 
@@ -71,7 +71,7 @@ def test_the_ladder_draws_each_level_from_its_posterior_and_samples_from_the_pri
     params = LADDER.init(KEY, x, KEY)
     keys = jax.random.split(KEY, 4000)
     decoded, levels = jax.vmap(lambda key: LADDER.apply(params, x, key))(keys)
-    assert decoded.shape == (4000, 5)
+    assert decoded.shape == (4000, 5, 1)
     for level in levels:
         standardised = (level.z - level.posterior.mean) * jnp.exp(-level.posterior.log_std)
         np.testing.assert_allclose(standardised.mean(0), 0, atol=0.07)
@@ -79,5 +79,5 @@ def test_the_ladder_draws_each_level_from_its_posterior_and_samples_from_the_pri
     # What is below depends on what was drawn above.
     assert (levels[1].prior.mean.std(0) > 0).all()
     sampled = jax.vmap(lambda key: LADDER.apply(params, key, method="sample"))(keys[:3])
-    assert sampled.shape == (3, 5)
+    assert sampled.shape == (3, 5, 1)
     assert not jnp.array_equal(sampled[0], sampled[1])

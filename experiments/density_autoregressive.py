@@ -1,0 +1,121 @@
+"""The autoregressive models of `experiments.density`: exact, and sampled pixel by pixel."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from experiments.density_config import Config
+from experiments.density_data import to_floats, to_grey
+from experiments.density_model import Model, Shape, draw_value, num_value_params, value_log_prob
+from metagen_jax.generative.autoregressive import (
+    autoregressive_log_prob,
+    sample_fixed_point,
+    sample_pixelcnn,
+)
+from metagen_jax.generative.editing import Complete
+from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+from metagen_jax.nets.made import MADE
+from metagen_jax.nets.pixelcnn import PixelCNN
+from metagen_jax.nets.pixelrnn import PixelRNN
+from metagen_jax.types import Params, PRNGKey
+
+
+def made(config: Config, shape: Shape) -> Model:
+    """MADE over the values of an image in the order of reading."""
+    num_params = num_value_params(config)
+    net = MADE(config.hidden_sizes, num_params, activation=jnp.tanh)
+
+    def outputs(params: Params, image: Array) -> Array:
+        apply: Callable[..., Any] = net.apply
+        by_param = apply(params, to_floats(config, image).ravel())
+        return by_param.T.reshape(*image.shape, num_params)
+
+    def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
+        predict = functools.partial(outputs, params)
+        return sample_fixed_point(key, predict, _draw(config), image, known).sample
+
+    def init(key: PRNGKey, images: Array) -> Params:
+        return net.init(key, to_floats(config, images[0]).ravel())
+
+    return _model(config, shape, init, outputs, complete)
+
+
+def pixelcnn(config: Config, shape: Shape) -> Model:
+    """The gated PixelCNN."""
+    net = PixelCNN(
+        num_outputs=shape[2] * num_value_params(config),
+        features=config.num_filters,
+        num_layers=config.num_layers,
+        num_levels=256 if config.values == "levels" else 2,
+    )
+
+    def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
+        def draw_pixel(key: PRNGKey, outputs: Array) -> Array:
+            return draw_value(config, key, outputs.reshape(shape[2], -1))
+
+        return sample_pixelcnn(key, net, params, draw_pixel, image, known[..., 0])
+
+    return _model(config, shape, _init(net), _of_pixels(net), complete)
+
+
+def pixelrnn(config: Config, shape: Shape) -> Model:
+    """PixelRNN by rows or diagonals."""
+    net = PixelRNN(
+        num_outputs=shape[2] * num_value_params(config),
+        recurrence="row" if config.model == "row_lstm" else "diagonal",
+        features=config.num_filters,
+        num_layers=config.num_layers,
+        num_levels=256 if config.values == "levels" else 2,
+    )
+    outputs = _of_pixels(net)
+
+    def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
+        predict = functools.partial(outputs, params)
+        return sample_fixed_point(key, predict, _draw(config), image, known).sample
+
+    return _model(config, shape, _init(net), outputs, complete)
+
+
+def _init(net) -> Callable[[PRNGKey, Array], Params]:
+    return lambda key, images: net.init(key, images[0])
+
+
+def _of_pixels(net) -> Callable[[Params, Array], Array]:
+    """`(params, image) -> (h, w, c, params)` of a net whose outputs are by pixel."""
+
+    def outputs(params: Params, image: Array) -> Array:
+        return net.apply(params, image).reshape(*image.shape, -1)
+
+    return outputs
+
+
+def _draw(config: Config) -> Callable[[PRNGKey, Array], Array]:
+    return functools.partial(draw_value, config)
+
+
+def _model(
+    config: Config,
+    shape: Shape,
+    init: Callable[[PRNGKey, Array], Params],
+    outputs: Callable[[Params, Array], Array],
+    complete: Complete,
+) -> Model:
+    """The model whose conditionals `outputs` gives."""
+    log_prob = autoregressive_log_prob(outputs, functools.partial(value_log_prob, config))
+    nothing = jnp.zeros(shape, jnp.int32)
+
+    def sample(params: Params, key: PRNGKey) -> Array:
+        return to_grey(config, complete(params, nothing, jnp.zeros(shape, bool), key))
+
+    return Model(
+        init=init,
+        loss_fn=negative_log_likelihood_loss(log_prob),
+        log_prob=log_prob,
+        test_log_prob=log_prob,
+        kind="exact",
+        sample=sample,
+        complete=complete,
+    )

@@ -1,0 +1,86 @@
+"""What `experiments.density` needs of a model, and the distribution of one value of an image."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from experiments.density_config import Config
+from metagen_jax.generative.editing import Complete
+from metagen_jax.generative.likelihoods import (
+    bernoulli_log_prob,
+    discretized_logistic_mixture_log_prob,
+    sample_bernoulli,
+    sample_discretized_logistic_mixture,
+)
+from metagen_jax.generative.maximum_likelihood import LogProb
+from metagen_jax.types import LossFn, Params, PRNGKey
+
+Shape = tuple[int, int, int]
+"""Height, width and channels."""
+
+
+class Model(NamedTuple):
+    """What the experiment needs of a model. An example is one image of values, `(h, w, c)`.
+
+    Attributes:
+      init: `(key, images) -> params`.
+      loss_fn: over batches of images.
+      log_prob: of one image, for validation.
+      test_log_prob: the same, as well as it can be said.
+      kind: what `test_log_prob` is.
+      sample: `(params, key) -> grey values`, 0 to 1, of one image.
+      reconstruct: `(params, image) -> grey values`; None if the model has no latents.
+      interpolate: `(params, image, image, weight) -> grey values`, likewise.
+      complete: `(params, image, known, key) -> image`, drawn where `known` is false; None if the
+        model can't.
+    """
+
+    init: Callable[[PRNGKey, Array], Params]
+    loss_fn: LossFn
+    log_prob: LogProb
+    test_log_prob: LogProb
+    kind: str
+    sample: Callable[[Params, PRNGKey], Array]
+    reconstruct: Callable[[Params, Array], Array] | None = None
+    interpolate: Callable[[Params, Array, Array, Array], Array] | None = None
+    complete: Complete | None = None
+
+
+def num_value_params(config: Config) -> int:
+    """How many numbers a net gives for each value: a logit, or three for each logistic."""
+    return 3 * config.num_components if config.values == "levels" else 1
+
+
+def value_log_prob(
+    config: Config, values: Int[Array, "*shape"], outputs: Float[Array, "*shape params"]
+) -> Float[Array, "*shape"]:
+    """The log-probability of each value: Bernoulli, or a mixture of discretised logistics."""
+    if config.values == "levels":
+        return discretized_logistic_mixture_log_prob(values, *_mixture(outputs))
+    return bernoulli_log_prob(values, outputs[..., 0])
+
+
+def draw_value(
+    config: Config, key: PRNGKey, outputs: Float[Array, "*shape params"]
+) -> Int[Array, "*shape"]:
+    """A draw of each value."""
+    if config.values == "levels":
+        return sample_discretized_logistic_mixture(key, *_mixture(outputs))
+    return sample_bernoulli(key, outputs[..., 0])
+
+
+def mean_value(config: Config, outputs: Float[Array, "*shape params"]) -> Float[Array, "*shape"]:
+    """The mean of each value, as a grey value from 0 to 1."""
+    if config.values == "levels":
+        logits, means, _ = _mixture(outputs)
+        return jnp.clip((jax.nn.softmax(logits) * means).sum(-1) / 2 + 0.5, 0, 1)
+    return jax.nn.sigmoid(outputs[..., 0])
+
+
+def _mixture(outputs: Array) -> tuple[Array, Array, Array]:
+    """Logits, means and log-scales, which begin at an eighth of the range."""
+    logits, means, log_scales = jnp.split(outputs, 3, axis=-1)
+    return logits, means, jnp.clip(log_scales - 2, -7, 3)

@@ -1,0 +1,124 @@
+"""The variational autoencoders of `experiments.density`."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from experiments.density_config import Config
+from experiments.density_data import to_floats
+from experiments.density_model import (
+    Model,
+    Shape,
+    draw_value,
+    mean_value,
+    num_value_params,
+    value_log_prob,
+)
+from metagen_jax.evaluation.likelihood import importance_sampled_log_prob
+from metagen_jax.generative import vae
+from metagen_jax.generative.editing import vae_complete
+from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+from metagen_jax.nets.vae import ConvVAE, DenseVAE, LadderVAE
+from metagen_jax.types import Params, PRNGKey
+
+IMPORTANCE_CHUNK = 50
+COMPLETION_STEPS = 100
+
+
+def _log_likelihood(config: Config, image: Array, decoded: Array) -> Array:
+    return value_log_prob(config, image, decoded).sum()
+
+
+def gaussian_vae(config: Config, shape: Shape) -> Model:
+    latents, num_params = config.num_latents, num_value_params(config)
+    if config.model == "conv_vae":
+        net = ConvVAE(shape, latents, num_filters=config.num_filters, num_params=num_params)
+    else:
+        net = DenseVAE(shape, latents, config.hidden_sizes, num_params=num_params)
+    apply: Callable[..., Any] = net.apply
+
+    def encode(params: Params, image: Array) -> tuple[Array, Array]:
+        return apply(params, to_floats(config, image), method="encode")
+
+    def decode(params: Params, z: Array) -> Array:
+        return apply(params, z, method="decode")
+
+    def grey(params: Params, z: Array) -> Array:
+        return mean_value(config, decode(params, z))
+
+    def reconstruct(params: Params, image: Array) -> Array:
+        return grey(params, encode(params, image)[0])
+
+    def interpolate(params: Params, first: Array, last: Array, weight: Array) -> Array:
+        ends = encode(params, first)[0], encode(params, last)[0]
+        return grey(params, (1 - weight) * ends[0] + weight * ends[1])
+
+    log_likelihood = functools.partial(_log_likelihood, config)
+    infer = vae.gaussian_inference(encode, decode, log_likelihood)
+    bound = vae.importance_weighted_log_prob(infer, num_samples=config.num_samples)
+    if config.doubly_reparameterized:
+        trained = vae.doubly_reparameterized_log_prob(
+            encode, decode, log_likelihood, num_samples=config.num_samples
+        )
+        loss_fn = negative_log_likelihood_loss(trained)
+    elif config.num_samples > 1:
+        loss_fn = negative_log_likelihood_loss(bound)
+    else:
+        loss_fn = vae.vae_loss(infer)
+    return Model(
+        init=lambda key, images: net.init(key, to_floats(config, images[0])),
+        loss_fn=loss_fn,
+        log_prob=bound,
+        **_importance_sampled(config, infer),
+        sample=lambda params, key: grey(params, jax.random.normal(key, (config.num_latents,))),
+        reconstruct=reconstruct,
+        interpolate=interpolate,
+        complete=vae_complete(
+            encode,
+            decode,
+            log_likelihood,
+            functools.partial(draw_value, config),
+            num_steps=COMPLETION_STEPS,
+            num_warmup=COMPLETION_STEPS,
+        ),
+    )
+
+
+def ladder_vae(config: Config, shape: Shape) -> Model:
+    net = LadderVAE(
+        shape,
+        num_latents=(2 * config.num_latents, config.num_latents),
+        hidden_sizes=config.hidden_sizes,
+        num_params=num_value_params(config),
+    )
+    apply: Callable[..., Any] = net.apply
+
+    def draw(params: Params, image: Array, key: PRNGKey) -> tuple[Array, Any]:
+        return apply(params, to_floats(config, image), key)
+
+    def reconstruct(params: Params, image: Array) -> Array:
+        return mean_value(config, draw(params, image, jax.random.key(0))[0])
+
+    infer = vae.hierarchical_inference(draw, functools.partial(_log_likelihood, config))
+    return Model(
+        init=lambda key, images: net.init(key, to_floats(config, images[0]), key),
+        loss_fn=vae.vae_loss(infer),
+        log_prob=vae.importance_weighted_log_prob(infer, num_samples=1),
+        **_importance_sampled(config, infer),
+        sample=lambda params, key: mean_value(config, apply(params, key, method="sample")),
+        reconstruct=lambda params, image: mean_value(
+            config, draw(params, image, jax.random.key(0))[0]
+        ),
+    )
+
+
+def _importance_sampled(config: Config, infer: vae.Infer) -> dict:
+    return {
+        "test_log_prob": importance_sampled_log_prob(
+            infer, num_samples=config.test_samples, chunk=IMPORTANCE_CHUNK
+        ),
+        "kind": f"lower bound, {config.test_samples} importance samples",
+    }
