@@ -3,6 +3,7 @@
 Training, checkpoints, validation and test are the same for all.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from experiments.few_shot_config import Config, LearnerName
 from metagen_jax.evaluation.few_shot import both_modes
 from metagen_jax.gradients import gradients
 from metagen_jax.meta import metric, update_rules
+from metagen_jax.meta.adapt import with_state
 from metagen_jax.meta.cavia import cavia_loss, cavia_params, cavia_predict
 from metagen_jax.meta.implicit import implicit_maml_gradients, implicit_maml_predict
 from metagen_jax.meta.maml import maml_loss, maml_predict
@@ -75,24 +77,31 @@ def maml(config: Config, *, first_order: bool = False, trainable: Trainable | No
 
 
 def reptile(config: Config) -> Learner:
-    """Reptile with its inner Adam without momentum, on mini-batches of the support set."""
+    """Reptile; the inner optimiser's second moments go on from task to task, as published."""
     net = make_net(config, config.num_ways)
     loss_fn = cross_entropy_loss(net.apply)
-    optimizer = optax.adam(config.inner_rate, b1=0.0)
+    # The published Adam without momentum, which after its first thousand steps is this.
+    optimizer = optax.rmsprop(config.inner_rate, decay=0.999, initial_scale=1e-4)
+
+    def init(key: PRNGKey, images: Array) -> MetaParams:
+        params = net.init(key, images)
+        return MetaParams(params, optimizer.init(params))
+
     grad_fn = reptile_gradients(
         loss_fn,
         inner_optimizer=optimizer,
         num_steps=config.inner_steps,
         batch_at=None if config.inner_batch is None else mini_batches(config.inner_batch),
+        carry_state=True,
     )
-    predict = maml_predict(
+    predict = update_rules.learned_rule_predict(
         loss_fn,
         both_modes(net.apply),
-        inner_optimizer=optimizer,
+        rule=functools.partial(with_state, optimizer),
         num_steps=config.test_steps,
         every_step=True,
     )
-    return Learner(net.init, grad_fn, predict)
+    return Learner(init, grad_fn, predict)
 
 
 def implicit(config: Config) -> Learner:

@@ -64,12 +64,14 @@ class Adapted(NamedTuple):
 
     Attributes:
       params: the parameters after the last step.
+      opt_state: the optimiser's state after the last step; `with_state` begins with it.
       metrics: the metrics of `grad_fn` before each step, with a leading axis of `num_steps`.
       trajectory: if asked for, the parameters before the first and after each step, with a leading
         axis of `num_steps + 1`; otherwise None.
     """
 
     params: Params
+    opt_state: optax.OptState
     metrics: Metrics
     trajectory: Params | None
 
@@ -100,7 +102,7 @@ def adapt(
       support: the examples of one task, any pytree of arrays.
       key: step `i` splits `fold_in(key, i)` in two, for `batch_at` and for `grad_fn`.
       optimizer: any optax transformation; the module's table says which are safe to differentiate
-        through.
+        through. It begins anew, or by `with_state` with a state.
       num_steps: how many steps; 0 gives `params` back.
       gradient: "reverse" differentiates through the inner gradients and saves whatever each step
         computes to this end; "first_order" takes them for constants (Finn et al. 2017, section
@@ -137,7 +139,7 @@ def adapt(
         return (moved, state), (metrics, moved if trajectory else None)
 
     start = (moving, optimizer.init(moving))
-    (moving_end, _), (metrics, path) = jax.lax.scan(
+    (moving_end, opt_state), (metrics, path) = jax.lax.scan(
         checkpoint_step(step, gradient), start, jnp.arange(num_steps)
     )
     states = None
@@ -145,7 +147,14 @@ def adapt(
         path = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), moving, path)
         repeated = jax.tree.map(lambda x: jnp.broadcast_to(x, (num_steps + 1, *x.shape)), fixed)
         states = _join(path, repeated)
-    return Adapted(_join(moving_end, fixed), metrics, states)
+    return Adapted(_join(moving_end, fixed), opt_state, metrics, states)
+
+
+def with_state(
+    optimizer: optax.GradientTransformation, state: optax.OptState
+) -> optax.GradientTransformation:
+    """The optimiser that begins with a state, such as what another task has left, and not anew."""
+    return optax.GradientTransformation(lambda _: state, optimizer.update)
 
 
 def check_inner_loop(num_steps: int, gradient: Gradient) -> None:

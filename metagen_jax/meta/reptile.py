@@ -9,12 +9,13 @@ import optax
 
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients
-from metagen_jax.meta.adapt import BatchAt, adapt
+from metagen_jax.meta.adapt import BatchAt, adapt, with_state
 from metagen_jax.types import (
     Batch,
     Episode,
     GradFn,
     LossFn,
+    MetaParams,
     Metrics,
     Params,
     PRNGKey,
@@ -29,6 +30,7 @@ def reptile_gradients(
     num_steps: int,
     batch_at: BatchAt | None = None,
     trainable: Trainable | None = None,
+    carry_state: bool = False,
 ) -> GradFn:
     """Reptile's direction over one `Episode`: from where its support set leads, back to the start.
 
@@ -37,19 +39,24 @@ def reptile_gradients(
     algorithm 1; on the `mean_over_tasks` it is the batched algorithm 2.
 
     As published, the inner optimiser is `optax.adam(1e-3, b1=0.0)` on `mini_batches(10)`, a class
-    has more shots than at test (10 on Omniglot), and the outer rate falls linearly to zero. There
-    Adam's second moments are carried from task to task; here its state is new for each. Test by
-    `maml_predict` with the same optimiser; whether the queries of a task see one another
-    (transduction) is a choice of its `predict_fn`, by `transductive` or `inductive` of
-    `metagen_jax.evaluation.few_shot`.
+    has more shots than at test (10 on Omniglot), and the outer rate falls linearly to zero. The
+    authors' program carries Adam's second moments from task to task, and begins with them at test.
+    So does `carry_state`, with an optimiser whose state is floats alone, such as
+    `optax.rmsprop(1e-3, decay=0.999)`, which is that Adam long after its first steps. Test by
+    `maml_predict` with the same optimiser, by `with_state` if its state was carried; whether the
+    queries of a task see one another (transduction) is a choice of its `predict_fn`, by
+    `transductive` or `inductive` of `metagen_jax.evaluation.few_shot`.
 
     Args:
       loss_fn: the loss of support and of query, each any pytree.
-      inner_optimizer: any optax transformation, its state new for each task.
+      inner_optimizer: any optax transformation, its state new for each task unless carried.
       num_steps: inner steps K. One step of SGD gives the rate times the support gradient.
       batch_at: mini-batches for the inner steps, such as `mini_batches(size)`; see `adapt`.
       trainable: which leaves the inner loop moves, by path; None moves all. The others have a
         direction of zero.
+      carry_state: params are then `MetaParams(init, rule)`, `rule` the state with which the inner
+        optimiser begins, `inner_optimizer.init(init)` at first. Its direction too is from where a
+        task leads back to the start, so that an outer SGD of rate 1 takes the tasks' mean.
 
     Returns:
       A `GradFn` over `Episode(support, query)` whose metrics are those of `loss_fn` on the query
@@ -59,19 +66,23 @@ def reptile_gradients(
 
     def direction(params: Params, episode: Episode, key: PRNGKey) -> tuple[Params, Metrics]:
         adapt_key, query_key = jax.random.split(key)
+        init, optimizer = params, inner_optimizer
+        if carry_state:
+            init, optimizer = params.init, with_state(inner_optimizer, params.rule)
         adapted = adapt(
             grad_fn,
-            params,
+            init,
             episode.support,
             adapt_key,
-            optimizer=inner_optimizer,
+            optimizer=optimizer,
             num_steps=num_steps,
             gradient="first_order",
             trainable=trainable,
             batch_at=batch_at,
-        ).params
-        loss, metrics = loss_fn(adapted, episode.query, query_key)
-        return optax.tree.sub(params, adapted), {"loss": loss, **metrics}
+        )
+        loss, metrics = loss_fn(adapted.params, episode.query, query_key)
+        end = MetaParams(adapted.params, adapted.opt_state) if carry_state else adapted.params
+        return optax.tree.sub(params, end), {"loss": loss, **metrics}
 
     return direction
 

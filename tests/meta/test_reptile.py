@@ -12,7 +12,7 @@ from toy_tasks import KEY, example, one_task, plain_loss, regression
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
 from metagen_jax.meta.reptile import mini_batches, reptile_gradients
 from metagen_jax.supervised import squared_error_loss
-from metagen_jax.types import Episode
+from metagen_jax.types import Episode, MetaParams
 
 RATE = 0.1
 
@@ -93,6 +93,30 @@ def test_an_outer_rate_of_one_ends_where_the_inner_loop_did():
         )[-1]
 
     assert_close(optax.apply_updates(params, updates), last(params))
+
+
+def test_a_state_that_is_carried_goes_on_as_in_one_loop_over_tasks():
+    """Serial tasks, an outer rate of one, and RMSProp that never begins anew."""
+    params, tasks = example(2)
+    optimizer = optax.rmsprop(RATE, decay=0.9)
+    grad_fn = reptile_gradients(
+        regression, inner_optimizer=optimizer, num_steps=3, carry_state=True
+    )
+
+    @jax.jit
+    def serial(params):
+        carried = MetaParams(params, optimizer.init(params))
+        for t in range(2):
+            task = jax.tree.map(lambda x: x[t], tasks)  # noqa: B023
+            carried = optax.tree.sub(carried, grad_fn(carried, task, KEY)[0])
+        return carried.init
+
+    @jax.jit
+    def loop(params):
+        batches = [jax.tree.map(lambda x: x[t], tasks.support) for t in (0, 0, 0, 1, 1, 1)]  # noqa: B023
+        return references.optimizer_loop(plain_loss, params, batches, optimizer)[-1]
+
+    assert_close(serial(params), loop(params))
 
 
 def test_leaves_outside_trainable_have_no_direction():
