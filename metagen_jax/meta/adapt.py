@@ -154,7 +154,12 @@ def with_state(
     optimizer: optax.GradientTransformation, state: optax.OptState
 ) -> optax.GradientTransformation:
     """The optimiser that begins with a state, such as what another task has left, and not anew."""
-    return optax.GradientTransformation(lambda _: state, optimizer.update)
+
+    def init(params: Params) -> optax.OptState:
+        del params
+        return state
+
+    return optax.GradientTransformation(init, optimizer.update)
 
 
 def check_inner_loop(num_steps: int, gradient: Gradient) -> None:
