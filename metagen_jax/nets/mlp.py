@@ -21,12 +21,14 @@ class MLP(nn.Module):
       num_outputs: units of the last layer, `head`; None gives the features before it.
       activation: any elementwise function.
       kernel_init: of all kernels; biases start at zero.
+      head_init: of the head's kernel, if it is another; zeros make the outputs start at zero.
     """
 
     hidden_sizes: Sequence[int]
     num_outputs: int | None
     activation: Callable[[Array], Array] = nn.relu
     kernel_init: Initializer = nn.initializers.lecun_normal()
+    head_init: Initializer | None = None
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
@@ -36,4 +38,5 @@ class MLP(nn.Module):
             x = self.activation(nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(x))
         if self.num_outputs is None:
             return x
-        return nn.Dense(self.num_outputs, kernel_init=self.kernel_init, name="head")(x)
+        head_init = self.kernel_init if self.head_init is None else self.head_init
+        return nn.Dense(self.num_outputs, kernel_init=head_init, name="head")(x)

@@ -73,3 +73,10 @@ def test_kernel_init_is_that_of_every_kernel_and_biases_start_at_zero():
     for layer in params.values():
         np.testing.assert_array_equal(layer["kernel"], 0.25)
         np.testing.assert_array_equal(layer["bias"], 0)
+
+
+def test_head_init_is_that_of_the_head_alone():
+    net = MLP((3,), 2, head_init=jax.nn.initializers.zeros)
+    params = net.init(jax.random.key(0), jnp.zeros((1, 5)))["params"]
+    np.testing.assert_array_equal(params["head"]["kernel"], 0)
+    assert params["hidden0"]["kernel"].all()
