@@ -1,5 +1,7 @@
 """Spectral norms against singular values, their derivatives, and any net's kernels."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -69,10 +71,11 @@ def test_derivatives_up_to_the_second_equal_finite_differences(float64):
 def test_every_kernel_of_a_net_gets_the_norm_one_and_nothing_else_changes():
     net = Conv4(5, num_filters=4, norm="none")
     images = jax.random.normal(KEY, (2, 16, 16, 1))
-    plain = net.init(KEY, images)
-    variables = add_spectral_vectors(KEY, plain, num_iterations=300)
+    plain = jax.jit(net.init)(KEY, images)
+    add = jax.jit(functools.partial(add_spectral_vectors, num_iterations=300))
+    variables = add(KEY, plain)
     chex.assert_trees_all_equal(variables["params"], plain["params"])
-    normalised = normalise_kernels(variables)
+    normalised = jax.jit(normalise_kernels)(variables)
     assert list(normalised) == ["params"]
     for name, layer in normalised["params"].items():
         matrix = layer["kernel"].reshape(-1, layer["kernel"].shape[-1])
@@ -115,7 +118,8 @@ def test_finite_for_kernels_of_zeros_tiny_or_huge_in_float32(size):
 def test_vmap_over_tasks_equals_a_loop(float64):
     kernels, vectors = jnp.stack([example(3, 4)[0], 2 + example(3, 4)[0]]), jnp.eye(4)[:2]
     slope = jax.jit(jax.vmap(jax.value_and_grad(spectral_norm)))(kernels, vectors)
-    loop = [jax.value_and_grad(spectral_norm)(k, v) for k, v in zip(kernels, vectors, strict=True)]
+    one = jax.jit(jax.value_and_grad(spectral_norm))
+    loop = [one(k, v) for k, v in zip(kernels, vectors, strict=True)]
     chex.assert_trees_all_close(slope, jax.tree.map(lambda *x: jnp.stack(x), *loop), rtol=1e-12)
 
 
