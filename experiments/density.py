@@ -17,7 +17,6 @@ Results, with command, machine, minutes and seeds, stand in experiments/README.m
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array
@@ -37,6 +36,8 @@ from metagen_jax.types import Params, PRNGKey
 
 # Of the noise of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002
+# Images by which flows set their first scales.
+NUM_INIT = 500
 
 
 def train(config: Config, model: Model, images: np.ndarray, val: Array) -> FitResult:
@@ -52,7 +53,8 @@ def train(config: Config, model: Model, images: np.ndarray, val: Array) -> FitRe
 
     optimizer = optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    params = model.init(init_key, sample(init_key, jnp.asarray(images[: config.batch_size])))
+    first = draw_values(config, init_key, images[:NUM_INIT])
+    params = jax.jit(model.init)(init_key, first)
     devices = program.devices_for(config.num_devices, config.batch_size)
     grad_fn = data_parallel(gradients(model.loss_fn), devices=devices)
     state, data = replicate((init_state(params, optimizer, train_key), images), devices=devices)

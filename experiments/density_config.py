@@ -7,7 +7,18 @@ from typing import Any, Literal
 from experiments import program
 
 ModelName = Literal[
-    "vae", "conv_vae", "ladder_vae", "iwae", "made", "pixelcnn", "row_lstm", "diagonal_bilstm"
+    "vae",
+    "conv_vae",
+    "ladder_vae",
+    "iwae",
+    "made",
+    "pixelcnn",
+    "row_lstm",
+    "diagonal_bilstm",
+    "realnvp",
+    "glow",
+    "maf",
+    "spline",
 ]
 
 DatasetName = Literal["binarized_mnist", "mnist", "fashion_mnist", "omniglot", "glyphs", "cifar10"]
@@ -55,7 +66,8 @@ class Config:
     """Images of a validation, the first ones; the parameters that validate best are the result."""
 
     test_samples: int = 200
-    """Importance samples for each image of the test, for models with latents."""
+    """Samples for each image of the test: of the latents, or of the noise that flows dequantise
+    by; models that are exact take none."""
     num_test: int | None = None
     """Images of the test, the first ones; without it all."""
     chunk: int = 20
@@ -85,6 +97,8 @@ PRESETS = {
     "omniglot": replace(_STATIC, dataset="omniglot", values="dynamic"),
 }
 
+_FLOW = {"values": "levels", "test_samples": 10}
+
 # Over a preset's settings: what the model is, whatever the data.
 _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "iwae": {"num_samples": 50, "test_samples": 5000},
@@ -92,6 +106,10 @@ _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "pixelcnn": {"batch_size": 50},
     "row_lstm": {"num_filters": 16, "batch_size": 50},
     "diagonal_bilstm": {"num_filters": 16, "batch_size": 50},
+    "realnvp": _FLOW,
+    "glow": _FLOW,
+    "maf": {**_FLOW, "hidden_sizes": (512,)},
+    "spline": {**_FLOW, "hidden_sizes": (256,)},
     "ladder_vae": {"num_latents": 32, "hidden_sizes": (512, 256)},
 }
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from experiments.density_autoregressive import made, pixelcnn, pixelrnn
 from experiments.density_config import Config, ModelName
+from experiments.density_flows import flow
 from experiments.density_model import Model, Shape
 from experiments.density_vaes import gaussian_vae, ladder_vae
 
@@ -16,4 +17,8 @@ MODELS: dict[ModelName, Callable[[Config, Shape], Model]] = {
     "pixelcnn": pixelcnn,
     "row_lstm": pixelrnn,
     "diagonal_bilstm": pixelrnn,
+    "realnvp": flow,
+    "glow": flow,
+    "maf": flow,
+    "spline": flow,
 }

@@ -1,0 +1,88 @@
+"""The normalizing flows of `experiments.density`, over images with uniform noise added."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array
+
+from experiments.density_config import Config
+from experiments.density_model import Model, Shape
+from metagen_jax.generative import flows
+from metagen_jax.generative.bijectors import Bijector
+from metagen_jax.generative.couplings import spline_transform
+from metagen_jax.generative.dequantisation import (
+    dequantized_log_prob,
+    inverse_logit_transform,
+    logit_density,
+    logit_transform,
+    quantize,
+)
+from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
+from metagen_jax.types import Params, PRNGKey
+
+ALPHA = 0.05
+"""Of the logit transform, as RealNVP has it."""
+
+
+def flow(config: Config, shape: Shape) -> Model:
+    """A flow of images or, for MAF and splines, of the vectors of their values."""
+    images = config.model in ("realnvp", "glow")
+    bijector = _bijector(config)
+    flow_shape = shape if images else (shape[0] * shape[1] * shape[2],)
+    log_density = flows.flow_log_prob(bijector)
+    draw = flows.flow_sample(bijector, flow_shape)
+    num_levels = 256 if config.values == "levels" else 2
+
+    def to_reals(key: PRNGKey, image: Array) -> Array:
+        noise = jax.random.uniform(key, image.shape)
+        return logit_transform((image + noise) / num_levels, alpha=ALPHA)[0].reshape(flow_shape)
+
+    def to_grey(z: Array) -> Array:
+        y = inverse_logit_transform(z.reshape(shape), alpha=ALPHA)
+        return quantize(y, num_levels=num_levels) / (num_levels - 1)
+
+    def log_prob_by(num_samples: int) -> LogProb:
+        def log_prob(params: Params, image: Array, key: PRNGKey) -> Array:
+            def of_reals(z: Array) -> Array:
+                return log_density(params, z.reshape(flow_shape), key)
+
+            density = logit_density(of_reals, alpha=ALPHA)
+            return dequantized_log_prob(
+                key, image, density, num_samples=num_samples, num_levels=num_levels
+            )
+
+        return log_prob
+
+    def interpolate(params: Params, first: Array, last: Array, weight: Array) -> Array:
+        ends = [
+            bijector.forward(params, to_reals(jax.random.key(i), image), None)[0]
+            for i, image in enumerate((first, last))
+        ]
+        z = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, *ends)
+        return to_grey(bijector.inverse(params, z, None)[0])
+
+    def init(key: PRNGKey, batch: Array) -> Params:
+        keys = jax.random.split(key, len(batch))
+        return bijector.init(key, jax.vmap(to_reals)(keys, batch))
+
+    return Model(
+        init=init,
+        loss_fn=negative_log_likelihood_loss(log_prob_by(1)),
+        log_prob=log_prob_by(1),
+        test_log_prob=log_prob_by(config.test_samples),
+        kind=f"lower bound, {config.test_samples} samples of uniform dequantisation",
+        sample=lambda params, key: to_grey(draw(key, params)),
+        interpolate=interpolate,
+    )
+
+
+def _bijector(config: Config) -> Bijector:
+    builders: dict[str, Callable[[], Bijector]] = {
+        "realnvp": lambda: flows.realnvp_images(num_filters=config.num_filters),
+        "glow": lambda: flows.glow_images(num_filters=config.num_filters),
+        "maf": lambda: flows.maf(hidden_sizes=config.hidden_sizes),
+        "spline": lambda: flows.maf(
+            hidden_sizes=config.hidden_sizes, transform=spline_transform(bound=6.0)
+        ),
+    }
+    return builders[config.model]()
