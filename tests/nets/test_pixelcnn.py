@@ -98,8 +98,9 @@ def test_with_fewer_layers_it_sees_a_box_without_a_blind_spot(num_layers, kernel
     np.testing.assert_array_equal(dependence(net, params, shape), pixels_before(5, 6) & box)
 
 
-@pytest.mark.parametrize("condition", [None, CONDITION, -CONDITION])
-@pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
+@pytest.mark.parametrize(
+    ("shape", "condition"), [((2, 4), None), ((3, 3), CONDITION), ((3, 3), -CONDITION)]
+)
 def test_probabilities_of_all_binary_images_add_up_to_one(shape, condition):
     net = PixelCNN(1, features=3, num_layers=2, first_kernel_size=3)
     images = all_images(*shape)
@@ -111,7 +112,7 @@ def test_probabilities_of_all_binary_images_add_up_to_one(shape, condition):
 
     log_probs = jax.jit(jax.vmap(log_prob))(images)
     assert np.exp(log_probs).sum() == pytest.approx(1, rel=1e-12)
-    assert np.exp(log_probs).max() > 2 / len(images)
+    assert np.ptp(log_probs) > 0.1
 
 
 def test_probabilities_of_all_images_of_three_levels_add_up_to_one():

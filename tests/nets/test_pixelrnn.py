@@ -112,8 +112,7 @@ def test_row_lstms_see_the_published_triangle(num_layers):
 
 
 @pytest.mark.parametrize("recurrence", LAYERS)
-@pytest.mark.parametrize("condition", [None, CONDITION])
-@pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
+@pytest.mark.parametrize(("shape", "condition"), [((2, 4), None), ((3, 3), CONDITION)])
 def test_probabilities_of_all_binary_images_add_up_to_one(recurrence, shape, condition):
     net = PixelRNN(1, recurrence, features=2, num_layers=2)
     images = all_images(*shape)
@@ -125,7 +124,7 @@ def test_probabilities_of_all_binary_images_add_up_to_one(recurrence, shape, con
 
     log_probs = jax.jit(jax.vmap(log_prob))(images)
     assert np.exp(log_probs).sum() == pytest.approx(1, rel=1e-12)
-    assert np.exp(log_probs).max() > 2 / len(images)
+    assert np.ptp(log_probs) > 0.1
 
 
 @pytest.mark.parametrize("recurrence", LAYERS)
