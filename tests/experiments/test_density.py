@@ -1,0 +1,111 @@
+"""The experiment on densities: every model gives what it asks for, and a run is whole."""
+
+import json
+from dataclasses import replace
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import density, program
+from experiments.density_config import PRESETS, Config, ModelName, check, with_model
+from experiments.density_data import draw_values, load_splits
+from experiments.density_models import MODELS
+from metagen_jax.errors import UserError
+from metagen_jax.gradients import gradients
+
+KEY = jax.random.key(0)
+SHAPE = (8, 8, 1)
+SMALL = {"num_latents": 3, "hidden_sizes": (6, 5), "num_filters": 4, "num_layers": 2}
+
+
+def config_of(name, **settings):
+    line = Config(model=name)
+    return replace(with_model(PRESETS["smoke"], line), **SMALL, **settings)
+
+
+# Flows take both kinds of values by one path, and to trace them takes longest.
+FLOWS = ("realnvp", "glow", "maf", "spline")
+OTHERS = [name for name in get_args(ModelName) if name not in FLOWS]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [(name, "levels") for name in get_args(ModelName)] + [(name, "dynamic") for name in OTHERS],
+)
+def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_image(name, values):
+    config = config_of(name, values=values)
+    model = MODELS[name](config, SHAPE)
+    images = jax.ShapeDtypeStruct((3, *SHAPE), jnp.int32)
+    image = jax.ShapeDtypeStruct(SHAPE, jnp.int32)
+    params = jax.eval_shape(model.init, KEY, images)
+    direction, metrics = jax.eval_shape(gradients(model.loss_fn), params, images, KEY)
+    assert jax.tree.structure(direction) == jax.tree.structure(params)
+    assert metrics["loss"].shape == ()
+    for log_prob in (model.log_prob, model.test_log_prob):
+        assert jax.eval_shape(log_prob, params, image, KEY).shape == ()
+    assert jax.eval_shape(model.sample, params, KEY).shape == SHAPE
+    if model.reconstruct is not None:
+        assert jax.eval_shape(model.reconstruct, params, image).shape == SHAPE
+    if model.interpolate is not None:
+        weight = jax.ShapeDtypeStruct((), jnp.float32)
+        between = jax.eval_shape(model.interpolate, params, image, image, weight)
+        assert between.shape == SHAPE
+    if model.complete is not None:
+        known = jax.ShapeDtypeStruct(SHAPE, jnp.bool)
+        completed = jax.eval_shape(model.complete, params, image, known, KEY)
+        assert (completed.shape, completed.dtype) == (SHAPE, jnp.int32)
+
+
+def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path):
+    config = replace(config_of("made"), run_dir=tmp_path)
+    numbers = density.main(config)
+    assert numbers["kind"] == "exact"
+    # 4 steps leave it near the log 2 a pixel of a fair coin.
+    assert 200 < numbers["test_nll_nats"] < 28 * 28 * np.log(2) + 30
+    bits = numbers["test_nll_nats"] / (28 * 28 * np.log(2))
+    assert numbers["test_bits_per_dim"] == pytest.approx(bits)
+    assert numbers["completion_error_mean_training_image"] < 0.25
+    for picture in ("learning_curve", "samples", "completions"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+    json.dumps(numbers)
+
+
+def test_a_model_brings_its_settings_and_the_command_line_wins():
+    def parse(*argv):
+        return program.parse("density", PRESETS, default="glyphs", vary=with_model, argv=argv)
+
+    assert parse("--model", "iwae").num_samples == 50
+    assert parse("--model", "iwae", "--num-samples", "5").num_samples == 5
+    assert parse("--model", "glow").values == "levels"
+    assert parse("--model", "glow").run_dir.name == "density-glyphs-glow"
+
+
+def test_values_are_ink_high_and_binary_ones_drawn_in_proportion():
+    config = replace(PRESETS["smoke"], num_validation=500)
+    splits = load_splits(config)
+    assert splits.val.shape == (500, 28, 28, 1)
+    # Most of a letter's picture is paper, which is dark here.
+    assert splits.val.mean() < 64
+    drawn = draw_values(config, KEY, splits.val)
+    assert set(np.unique(drawn)) == {0, 1}
+    assert float(drawn.mean()) == pytest.approx(splits.val.mean() / 255, abs=2e-3)
+    static = load_splits(replace(config, values="static")).val
+    np.testing.assert_array_equal(static, splits.val > 127)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0; give 1 or more"),
+        ({"num_test": 5}, "num_test is 5; give 30 or more"),
+        ({"rate": 0.0}, r"rate is 0\.0; give more than 0"),
+        ({"hidden_sizes": (3, 0)}, r"hidden_sizes is \(3, 0\)"),
+        ({"dataset": "binarized_mnist"}, "give --values static"),
+    ],
+)
+def test_mistakes_are_named_before_training(settings, message):
+    with pytest.raises(UserError, match=message):
+        check(replace(PRESETS["smoke"], **settings))
