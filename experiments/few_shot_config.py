@@ -216,6 +216,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "outer_rate": 1.0,
         "num_tasks": 4,
         "test_steps": 50,
+        "validate_every": 5000,
     },
     "imaml": {
         "inner_rate": 0.1,

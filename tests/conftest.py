@@ -6,7 +6,7 @@ from pathlib import Path
 # Most of a test's time is compilation, and half of that optimises what then runs for milliseconds.
 # Read when JAX is imported, by programs that tests start as well; 0 tests what users run.
 if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
-    # Half of the rest sets up a compiler for each fusion, and shares programs of ten lines out among
+    # Half of the rest sets up a compiler for each fusion and shares small programs out among
     # threads. XLA ends the process at a flag that it does not know; without them only time is lost.
     faster = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{faster} {os.environ.get('XLA_FLAGS', '')}"
