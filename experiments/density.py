@@ -27,9 +27,9 @@ from experiments.density_data import draw_values, load_splits
 from experiments.density_editing import complete_and_report
 from experiments.density_model import Model
 from experiments.density_models import MODELS
+from experiments.density_quality import compare_and_report
 from metagen_jax.evaluation.likelihood import evaluate_log_prob
 from metagen_jax.generative.likelihoods import bits_per_dim
-from metagen_jax.gradients import gradients
 from metagen_jax.parallel import data_parallel, replicate
 from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import Params, PRNGKey
@@ -51,20 +51,22 @@ def train(config: Config, model: Model, images: np.ndarray, val: Array) -> FitRe
     def validate(params: Params) -> dict[str, float]:
         return {"nll": -float(evaluate(config, model.log_prob, params, val, VALIDATION_SEED).mean)}
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
+    optimizer = model.optimizer or optax.adam(
+        optax.cosine_decay_schedule(config.rate, config.steps)
+    )
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     first = draw_values(config, init_key, images[:NUM_INIT])
     params = jax.jit(model.init)(init_key, first)
     devices = program.devices_for(config.num_devices, config.batch_size)
-    grad_fn = data_parallel(gradients(model.loss_fn), devices=devices)
+    grad_fn = data_parallel(model.grad_fn, devices=devices)
     state, data = replicate((init_state(params, optimizer, train_key), images), devices=devices)
     return fit(
-        train_step(grad_fn, optimizer, sample),
+        train_step(grad_fn, optimizer, sample, update_slow=model.update_slow),
         state,
         data,
         num_steps=config.steps,
         run_dir=config.run_dir,
-        validate=validate,
+        validate=None if model.log_prob is None else validate,
         validate_every=config.validate_every,
         best_metric=("nll", "min"),
         resume=config.resume,
@@ -94,33 +96,46 @@ def main(config: Config) -> dict[str, Any]:
         for seed, images in ((VALIDATION_SEED, splits.val), (TEST_SEED, splits.test))
     )
     model = MODELS[config.model](config, shape)
-    counts = " / ".join(f"{len(images):,}" for images in splits)
+    counts = " / ".join(f"{len(images):,}" for images in splits[:3])
     print(f"{config.dataset}: {counts} images for training / validation / test")
     print(f"training {config.model}")
     result = train(config, model, splits.train, val)
-    print(f"testing: {model.kind}")
-    log_prob = evaluate(config, model.test_log_prob, result.best_params, test, TEST_SEED)
-    num_dims = int(np.prod(shape))
-    numbers = {
-        "num_test": len(test),
-        "test_nll_nats": -float(log_prob.mean),
-        "test_nll_interval": float(log_prob.interval),
-        "test_bits_per_dim": float(bits_per_dim(log_prob.mean, num_dims=num_dims)),
-        "test_bits_per_dim_interval": float(-bits_per_dim(log_prob.interval, num_dims=num_dims)),
-        "kind": model.kind,
+    params = result.best_params
+    numbers: dict[str, Any] = {
         "values": config.values,
-        "num_parameters": sum(x.size for x in jax.tree.leaves(result.best_params)),
+        "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
         "validation_nll_nats": result.best_validation.get("nll"),
         "best_step": result.best_step,
         "train_seconds": round(result.train_seconds, 1),
         "validation_seconds": round(result.validation_seconds, 1),
         "images_per_second": round(result.steps_per_second * config.batch_size, 1),
     }
-    density_report.print_table(config, numbers)
-    density_report.draw(config, model, result.best_params, test)
+    if model.test_log_prob is not None:
+        print(f"testing: {model.kind}")
+        numbers |= report_likelihood(config, model, params, test)
+    density_report.draw(config, model, params, test)
     if model.complete is not None:
         print("completing test images")
-        numbers |= complete_and_report(config, model, result.best_params, splits.train, test)
+        numbers |= complete_and_report(config, model, params, splits.train, test)
+    if config.quality:
+        print("comparing samples with test images")
+        numbers |= compare_and_report(config, model, params, splits)
+    return numbers
+
+
+def report_likelihood(config: Config, model: Model, params: Params, test: Array) -> dict[str, Any]:
+    """Prints the negative log-likelihood of the test images; gives the numbers by name."""
+    log_prob = evaluate(config, model.test_log_prob, params, test, TEST_SEED)
+    num_dims = int(np.prod(test.shape[1:]))
+    numbers = {
+        "num_test": len(test),
+        "kind": model.kind,
+        "test_nll_nats": -float(log_prob.mean),
+        "test_nll_interval": float(log_prob.interval),
+        "test_bits_per_dim": float(bits_per_dim(log_prob.mean, num_dims=num_dims)),
+        "test_bits_per_dim_interval": float(-bits_per_dim(log_prob.interval, num_dims=num_dims)),
+    }
+    density_report.print_table(config, numbers)
     return numbers
 
 

@@ -17,6 +17,7 @@ from metagen_jax.generative.autoregressive import (
 )
 from metagen_jax.generative.editing import Complete
 from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+from metagen_jax.gradients import gradients
 from metagen_jax.nets.made import MADE
 from metagen_jax.nets.pixelcnn import PixelCNN
 from metagen_jax.nets.pixelrnn import PixelRNN
@@ -112,7 +113,7 @@ def _model(
 
     return Model(
         init=init,
-        loss_fn=negative_log_likelihood_loss(log_prob),
+        grad_fn=gradients(negative_log_likelihood_loss(log_prob)),
         log_prob=log_prob,
         test_log_prob=log_prob,
         kind="exact",

@@ -19,6 +19,8 @@ ModelName = Literal[
     "glow",
     "maf",
     "spline",
+    "gan",
+    "flow_matching",
 ]
 
 DatasetName = Literal["binarized_mnist", "mnist", "fashion_mnist", "omniglot", "glyphs", "cifar10"]
@@ -70,6 +72,10 @@ class Config:
     by; models that are exact take none."""
     num_test: int | None = None
     """Images of the test, the first ones; without it all."""
+    num_completed: int = 1000
+    """Images of the test whose lower half is completed, for models that can; the first ones."""
+    quality: bool = False
+    """Compare samples with test images by the features of a classifier that is trained for it."""
     chunk: int = 20
     """Images that a device evaluates at once."""
 
@@ -93,7 +99,7 @@ PRESETS = {
     ),
     "binarized-mnist": _STATIC,
     "mnist": replace(_STATIC, dataset="mnist", values="dynamic"),
-    "fashion-mnist": replace(_STATIC, dataset="fashion_mnist", values="levels"),
+    "fashion-mnist": replace(_STATIC, dataset="fashion_mnist", values="levels", quality=True),
     "omniglot": replace(_STATIC, dataset="omniglot", values="dynamic"),
 }
 
@@ -104,12 +110,20 @@ _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "iwae": {"num_samples": 50, "test_samples": 5000},
     "made": {"hidden_sizes": (500, 500)},
     "pixelcnn": {"batch_size": 50},
-    "row_lstm": {"num_filters": 16, "batch_size": 50},
-    "diagonal_bilstm": {"num_filters": 16, "batch_size": 50},
+    "row_lstm": {"num_filters": 16, "batch_size": 50, "num_completed": 100},
+    "diagonal_bilstm": {"num_filters": 16, "batch_size": 50, "num_completed": 100},
     "realnvp": _FLOW,
     "glow": _FLOW,
     "maf": {**_FLOW, "hidden_sizes": (512,)},
     "spline": {**_FLOW, "hidden_sizes": (256,)},
+    "gan": {"values": "levels", "num_filters": 32, "batch_size": 64},
+    "flow_matching": {
+        "values": "levels",
+        "num_filters": 32,
+        "batch_size": 64,
+        "num_test": 100,
+        "num_completed": 100,
+    },
     "ladder_vae": {"num_latents": 32, "hidden_sizes": (512, 256)},
 }
 
@@ -138,6 +152,7 @@ def check(config: Config) -> None:
         "batch_size",
         "validate_every",
         "test_samples",
+        "num_completed",
         "chunk",
     )
     least = {name: 1 for name in counts} | {"num_validation": 2}  # An interval needs two.
@@ -147,6 +162,11 @@ def check(config: Config) -> None:
         *(
             (getattr(config, name) >= low, f"{name} is {getattr(config, name)}; give {low} or more")
             for name, low in least.items()
+        ),
+        (
+            not config.quality or config.dataset in ("mnist", "fashion_mnist", "cifar10"),
+            f"quality asks for a classifier of few classes, and dataset is {config.dataset}; give "
+            "--no-quality, or a set of ten classes",
         ),
         (config.rate > 0, f"rate is {config.rate}; give more than 0"),
         (

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import rich.progress
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from experiments.density_config import Config, DatasetName
 from metagen_jax.data.sources import load_images
@@ -25,11 +25,13 @@ _DARK_INK = ("omniglot", "glyphs")
 
 
 class Splits(NamedTuple):
-    """Images `(n, h, w, c)`: grey values 0..255, or 0 and 1 if `values` is "static"."""
+    """Images `(n, h, w, c)` of values 0..255, or 0 and 1 if these are "static"; and classes."""
 
     train: UInt8[np.ndarray, "n h w c"]
     val: UInt8[np.ndarray, "m h w c"]
     test: UInt8[np.ndarray, "k h w c"]
+    train_labels: Int32[np.ndarray, " n"]
+    test_labels: Int32[np.ndarray, " k"]
 
 
 def load_splits(config: Config) -> Splits:
@@ -44,17 +46,21 @@ def load_splits(config: Config) -> Splits:
                 data_dir=config.data_dir,
                 size=size,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
-            ).images
+            )
             for split in _SPLITS[config.dataset]
         ]
-    if config.dataset in _DARK_INK:
-        parts = [255 - images for images in parts]
     # Of a set sorted by class the first images would be those of one class.
-    order = [np.random.default_rng(0).permutation(len(images)) for images in parts]
-    train, val, test = (images[index] for images, index in zip(parts, order, strict=True))
+    order = [np.random.default_rng(0).permutation(len(part.images)) for part in parts]
+    train, val, test = (part.images[index] for part, index in zip(parts, order, strict=True))
+    train_labels, _, test_labels = (
+        part.labels[index] for part, index in zip(parts, order, strict=True)
+    )
+    if config.dataset in _DARK_INK:
+        train, val, test = (255 - images for images in (train, val, test))
     if config.values == "static" and config.dataset != "binarized_mnist":
         train, val, test = ((images > 127).astype(np.uint8) for images in (train, val, test))
-    return Splits(train, val[: config.num_validation], test[: config.num_test])
+    kept = slice(config.num_test)
+    return Splits(train, val[: config.num_validation], test[kept], train_labels, test_labels[kept])
 
 
 def draw_values(

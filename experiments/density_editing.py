@@ -19,7 +19,7 @@ from metagen_jax.gradients import task_keys
 from metagen_jax.parallel import map_over_tasks, replicate
 from metagen_jax.types import Params
 
-NUM_IMAGES, NUM_COMPLETIONS, NUM_SHOWN = 1000, 10, 8
+NUM_COMPLETIONS, NUM_SHOWN = 10, 8
 COMPLETION_SEED = 1_000_000_003
 
 
@@ -32,7 +32,7 @@ def complete_and_report(
     completion and of the mean of several, beside that of the mean training image and of the hidden
     half of the training image whose upper half is nearest.
     """
-    test = test[:NUM_IMAGES]
+    test = test[: config.num_completed]
     truth = np.asarray(to_grey(config, test))
     known = np.ones(test.shape[1:], bool)
     known[known.shape[0] // 2 :] = False

@@ -18,6 +18,7 @@ from metagen_jax.generative.dequantisation import (
     quantize,
 )
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
+from metagen_jax.gradients import gradients
 from metagen_jax.types import Params, PRNGKey
 
 ALPHA = 0.05
@@ -67,7 +68,7 @@ def flow(config: Config, shape: Shape) -> Model:
 
     return Model(
         init=init,
-        loss_fn=negative_log_likelihood_loss(log_prob_by(1)),
+        grad_fn=gradients(negative_log_likelihood_loss(log_prob_by(1))),
         log_prob=log_prob_by(1),
         test_log_prob=log_prob_by(config.test_samples),
         kind=f"lower bound, {config.test_samples} samples of uniform dequantisation",

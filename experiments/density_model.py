@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from experiments.density_config import Config
@@ -16,7 +17,7 @@ from metagen_jax.generative.likelihoods import (
     sample_discretized_logistic_mixture,
 )
 from metagen_jax.generative.maximum_likelihood import LogProb
-from metagen_jax.types import LossFn, Params, PRNGKey
+from metagen_jax.types import GradFn, Params, PRNGKey
 
 Shape = tuple[int, int, int]
 """Height, width and channels."""
@@ -27,26 +28,32 @@ class Model(NamedTuple):
 
     Attributes:
       init: `(key, images) -> params`.
-      loss_fn: over batches of images.
-      log_prob: of one image, for validation.
-      test_log_prob: the same, as well as it can be said.
-      kind: what `test_log_prob` is.
+      grad_fn: over batches of images.
       sample: `(params, key) -> grey values`, 0 to 1, of one image.
+      log_prob: of one image, for validation; None if the last parameters are taken.
+      test_log_prob: the same, as well as it can be said; None if it can't.
+      kind: what `test_log_prob` is.
       reconstruct: `(params, image) -> grey values`; None if the model has no latents.
       interpolate: `(params, image, image, weight) -> grey values`, likewise.
       complete: `(params, image, known, key) -> image`, drawn where `known` is false; None if the
         model can't.
+      optimizer: moves the parameters; None is Adam.
+      update_slow: moves what follows them; see `train_step`.
+      loss_label: what the learning curve shows.
     """
 
     init: Callable[[PRNGKey, Array], Params]
-    loss_fn: LossFn
-    log_prob: LogProb
-    test_log_prob: LogProb
-    kind: str
+    grad_fn: GradFn
     sample: Callable[[Params, PRNGKey], Array]
+    log_prob: LogProb | None
+    test_log_prob: LogProb | None
+    kind: str
     reconstruct: Callable[[Params, Array], Array] | None = None
     interpolate: Callable[[Params, Array, Array, Array], Array] | None = None
     complete: Complete | None = None
+    optimizer: optax.GradientTransformation | None = None
+    update_slow: Callable[[Params, Array, PRNGKey], Params] | None = None
+    loss_label: str = "Negative log-likelihood, or its bound (nats an image)"
 
 
 def num_value_params(config: Config) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from experiments.density_autoregressive import made, pixelcnn, pixelrnn
 from experiments.density_config import Config, ModelName
 from experiments.density_flows import flow
+from experiments.density_gan import gan
+from experiments.density_matching import flow_matching
 from experiments.density_model import Model, Shape
 from experiments.density_vaes import gaussian_vae, ladder_vae
 
@@ -21,4 +23,6 @@ MODELS: dict[ModelName, Callable[[Config, Shape], Model]] = {
     "glow": flow,
     "maf": flow,
     "spline": flow,
+    "gan": gan,
+    "flow_matching": flow_matching,
 }

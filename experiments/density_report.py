@@ -51,7 +51,7 @@ def draw(config: Config, model: Model, params: Params, test: Array) -> None:
         map(_renamed, lines),
         folder / "learning_curve.png",
         title=f"{what}: training",
-        loss_label="Negative log-likelihood, or its bound (nats an image)",
+        loss_label=model.loss_label,
     )
     keys = task_keys(jax.random.key(SAMPLE_SEED), 80)
     samples = jax.jit(jax.vmap(model.sample, in_axes=(None, 0)))(params, keys)
@@ -102,7 +102,9 @@ def _draw_interpolations(
 
 
 def _renamed(line: str) -> dict[str, Any]:
+    """A record as the learning curve takes it: one loss, and that of validation."""
     record = json.loads(line)
-    if "validation_nll" in record:
-        record["validation_loss"] = record["validation_nll"]
+    for name, shown in (("validation_nll", "validation_loss"), ("generator_loss", "loss")):
+        if name in record:
+            record[shown] = record[name]
     return record

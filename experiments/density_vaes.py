@@ -21,6 +21,7 @@ from metagen_jax.evaluation.likelihood import importance_sampled_log_prob
 from metagen_jax.generative import vae
 from metagen_jax.generative.editing import vae_complete
 from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+from metagen_jax.gradients import gradients
 from metagen_jax.nets.vae import ConvVAE, DenseVAE, LadderVAE
 from metagen_jax.types import Params, PRNGKey
 
@@ -70,7 +71,7 @@ def gaussian_vae(config: Config, shape: Shape) -> Model:
         loss_fn = vae.vae_loss(infer)
     return Model(
         init=lambda key, images: net.init(key, to_floats(config, images[0])),
-        loss_fn=loss_fn,
+        grad_fn=gradients(loss_fn),
         log_prob=bound,
         **_importance_sampled(config, infer),
         sample=lambda params, key: grey(params, jax.random.normal(key, (config.num_latents,))),
@@ -105,7 +106,7 @@ def ladder_vae(config: Config, shape: Shape) -> Model:
     infer = vae.hierarchical_inference(draw, functools.partial(_log_likelihood, config))
     return Model(
         init=lambda key, images: net.init(key, to_floats(config, images[0]), key),
-        loss_fn=vae.vae_loss(infer),
+        grad_fn=gradients(vae.vae_loss(infer)),
         log_prob=vae.importance_weighted_log_prob(infer, num_samples=1),
         **_importance_sampled(config, infer),
         sample=lambda params, key: mean_value(config, apply(params, key, method="sample")),
