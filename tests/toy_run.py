@@ -39,8 +39,11 @@ def fresh():
     return init_state(PARAMS, OPTIMIZER, KEY)
 
 
+validation_loss = jax.jit(lambda params: loss_fn(params, DATA, KEY)[0])
+
+
 def validate(params):
-    return {"accuracy": float(params["bias"]), "loss": float(loss_fn(params, DATA, KEY)[0])}
+    return {"accuracy": float(params["bias"]), "loss": float(validation_loss(params))}
 
 
 def run(run_dir, *, step_fn=STEP, num_steps=NUM_STEPS, **options):
