@@ -30,6 +30,7 @@ def trained():
     return jax.tree.map(lambda x: x + 0.3 * jnp.asarray(rng.normal(size=x.shape)), params)
 
 
+@jax.jit
 def take(rule_params, params, grads):
     optimizer = learned_optimizer(rule_params)
     state = optimizer.init(params)

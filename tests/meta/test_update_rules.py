@@ -1,5 +1,7 @@
 """Learned update rules against plain loops and finite differences, in float64."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,8 @@ def test_a_rule_equals_its_plain_loop_in_loss_prediction_and_gradients(name, par
     trainable = None if part is None else (lambda path: path.startswith(part))
     options = {"rule": rule, "num_steps": 3, "trainable": trainable}
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
     def expected(meta):
         adapted = plain_loop(
             update, meta.rule, meta.init, episode.support, 3, trainable or (lambda path: True)
@@ -116,12 +120,12 @@ def test_a_rule_equals_its_plain_loop_in_loss_prediction_and_gradients(name, par
 
     loss = update_rules.learned_rule_loss(loss_fn, gradient=gradient, **options)
     (value, _), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(meta, episode, KEY)
-    (reference, outputs), reference_grads = jax.value_and_grad(expected, has_aux=True)(meta)
+    (reference, outputs), reference_grads = expected(meta)
     chex.assert_trees_all_close((value, grads), (reference, reference_grads), rtol=1e-10)
     predict = update_rules.learned_rule_predict(
         loss_fn, lambda params, support, inputs: net(params, inputs), **options
     )
-    actual = predict(meta, episode.support, episode.query[0], KEY)
+    actual = jax.jit(predict)(meta, episode.support, episode.query[0], KEY)
     np.testing.assert_allclose(actual, outputs, rtol=1e-10)
 
 
@@ -144,8 +148,9 @@ def test_a_rule_at_its_start_is_maml(name):
     meta = MetaParams(params, init(params))
     loss = update_rules.learned_rule_loss(loss_fn, rule=rule, num_steps=STEPS)
     plain = maml_loss(loss_fn, inner_optimizer=optax.sgd(RATE), num_steps=STEPS)
-    value, grads = jax.value_and_grad(loss, has_aux=True)(meta, episode, KEY)
-    expected, expected_grads = jax.value_and_grad(plain, has_aux=True)(params, episode, KEY)
+    value, grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(meta, episode, KEY)
+    of_maml = jax.jit(jax.value_and_grad(plain, has_aux=True))
+    expected, expected_grads = of_maml(params, episode, KEY)
     chex.assert_trees_all_close((value, grads.init), (expected, expected_grads), rtol=1e-10)
     assert sum(float(jnp.abs(g).sum()) for g in jax.tree.leaves(grads.rule)) > 1e-3
 
@@ -161,14 +166,14 @@ def test_per_step_leaves_reach_the_inner_loop_of_a_learned_rule():
     def answer(params, support, inputs):
         return net(params, inputs)
 
-    actual = update_rules.learned_rule_loss(loss_fn, **rule)(
-        MetaParams(params, rates), episode, KEY
-    )
-    np.testing.assert_allclose(actual[0], maml_loss(loss_fn, **sgd)(params, episode, KEY)[0])
+    meta = MetaParams(params, rates)
+    actual = jax.jit(update_rules.learned_rule_loss(loss_fn, **rule))(meta, episode, KEY)
+    expected = jax.jit(maml_loss(loss_fn, **sgd))(params, episode, KEY)
+    np.testing.assert_allclose(actual[0], expected[0])
     inputs = (episode.support, episode.query[0], KEY)
     predict = update_rules.learned_rule_predict(loss_fn, answer, every_step=True, **rule)
-    expected = maml_predict(loss_fn, answer, every_step=True, **sgd)(params, *inputs)
-    np.testing.assert_allclose(predict(MetaParams(params, rates), *inputs), expected)
+    expected = jax.jit(maml_predict(loss_fn, answer, every_step=True, **sgd))(params, *inputs)
+    np.testing.assert_allclose(jax.jit(predict)(meta, *inputs), expected)
 
 
 def test_annealed_weights_by_hand():
