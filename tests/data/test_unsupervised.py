@@ -66,7 +66,7 @@ def same_partition(a, b):
 
 def test_umtra_asks_about_changed_copies_of_distinct_pictures():
     sample = functools.partial(umtra_episode, num_ways=4, num_queries=3, augment=add_noise)
-    episode = sample(KEY, numbered_pictures())
+    episode = jax.device_get(jax.jit(sample)(KEY, numbered_pictures()))
     (support, support_labels), (query, query_labels) = episode
     np.testing.assert_array_equal(support_labels, range(4))
     np.testing.assert_array_equal(query_labels, np.repeat(range(4), 3))
@@ -94,7 +94,7 @@ def test_umtra_draws_every_ordered_choice_of_pictures_equally_often():
         episode = umtra_episode(key, numbered_pictures(4), num_ways=2, augment=add_noise)
         return episode.support[0][:, 0, 0, 0]
 
-    draws = np.asarray(jax.vmap(draw)(jax.random.split(KEY, 12_000))).astype(int)
+    draws = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, 12_000))).astype(int)
     choices, counts = np.unique(draws, axis=0, return_counts=True)
     assert {tuple(c) for c in choices.tolist()} == {*itertools.permutations(range(4), 2)}
     assert ((counts - 1000) ** 2 / 1000).sum() < 31.3  # 11 degrees of freedom, 0.001
@@ -151,7 +151,8 @@ def test_a_centre_is_drawn_by_squared_distance():
     """From 0, the point at 1 is drawn one time in ten and that at 3 nine times."""
     points = jnp.array([[0.0], [1.0], [3.0]])
     keys = jax.random.split(KEY, 3000)
-    centres = jax.vmap(lambda key: unsupervised._plus_plus(key, points, 2))(keys)[..., 0]
+    draw = jax.jit(jax.vmap(lambda key: unsupervised._plus_plus(key, points, 2)))
+    centres = np.asarray(draw(keys))[..., 0]
     after_zero = centres[centres[:, 0] == 0, 1]
     assert len(after_zero) > 800
     assert set(np.unique(after_zero).tolist()) == {1.0, 3.0}
@@ -208,8 +209,9 @@ def test_partitions_keep_whole_clusters_and_drop_small_ones(clusters):
 def test_cluster_episodes_have_disjoint_pictures_of_distinct_clusters(clusters):
     data, _ = clusters
     sample = functools.partial(sample_cluster_episode, num_ways=3, num_shots=2, num_queries=4)
-    together = jax.jit(jax.vmap(sample, in_axes=(0, None)))(jax.random.split(KEY, 20), data)
-    alone = sample(jax.random.split(KEY, 20)[7], data)
+    keys = jax.random.split(KEY, 20)
+    together = jax.device_get(jax.jit(jax.vmap(sample, in_axes=(0, None)))(keys, data))
+    alone = sample(keys[7], data)
     np.testing.assert_array_equal(alone.support[0], together.support[0][7])
     for i in range(20):
         (support, support_labels), (query, query_labels) = jax.tree.map(lambda x: x[i], together)  # noqa: B023
@@ -232,10 +234,11 @@ def test_all_partitions_are_drawn_from_and_none_mixed():
         sizes=jnp.array([[3, 3, 3], [4, 4, 4]]),
     )
     sample = functools.partial(sample_cluster_episode, num_ways=2, num_shots=1, num_queries=2)
-    episodes = jax.jit(jax.vmap(sample, in_axes=(0, None)))(jax.random.split(KEY, 30), data)
+    keys = jax.random.split(KEY, 30)
+    episodes = jax.device_get(jax.jit(jax.vmap(sample, in_axes=(0, None)))(keys, data))
     kinds = []
     for i in range(30):
-        episode = jax.tree.map(lambda x: np.asarray(x[i]), episodes)  # noqa: B023
+        episode = jax.tree.map(lambda x: x[i], episodes)  # noqa: B023
         columns, rows = [], []
         for label in range(2):
             numbers = np.concatenate([x[y == label] for x, y in episode])
@@ -250,6 +253,7 @@ def test_scaled_partitions_differ_and_the_first_is_of_the_embeddings_as_they_are
     points = np.random.default_rng(0).normal(size=(80, 5)).astype(np.float32)
     data = cluster_classes(KEY, np.arange(80), points, num_partitions=3, num_clusters=3, min_size=1)
     labels = np.zeros((3, 80), int)
+    data = jax.device_get(data)
     for partition, (starts, sizes) in enumerate(zip(data.starts, data.sizes, strict=True)):
         for cluster, (start, size) in enumerate(zip(starts, sizes, strict=True)):
             labels[partition, data.members[start : start + size]] = cluster
