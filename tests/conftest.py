@@ -1,13 +1,15 @@
 """Fixtures for all tests."""
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 # Most of a test's time is compilation, and half of that optimises what then runs for milliseconds.
 # Read when JAX is imported, by programs that tests start as well; 0 tests what users run.
-if os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0":
+optimised = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "0"
+if not optimised and importlib.metadata.version("jaxlib").startswith("0.10."):
     # Half of the rest sets up a compiler for each fusion and shares small programs out among
-    # threads. XLA ends the process at a flag that it does not know; without them only time is lost.
+    # threads. XLA ends the process at a flag that it does not know, as newer ones do at the first.
     faster = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{faster} {os.environ.get('XLA_FLAGS', '')}"
 
