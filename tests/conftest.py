@@ -1,13 +1,13 @@
 """Fixtures for all tests."""
 
-import importlib.metadata
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # Most of a test's time is compilation, and half of that optimises what then runs for milliseconds.
 # Read when JAX is imported, by programs that tests start as well; 0 tests what users run.
-optimised = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "0"
-if not optimised and importlib.metadata.version("jaxlib").startswith("0.10."):
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and version("jaxlib").startswith("0.10."):
     # Half of the rest sets up a compiler for each fusion and shares small programs out among
     # threads. XLA ends the process at a flag that it does not know, as newer ones do at the first.
     faster = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
