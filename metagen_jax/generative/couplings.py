@@ -223,16 +223,18 @@ def autoregressive(net: MADE, transform: Transform) -> Bijector:
     def init(key: PRNGKey, batch: Array, condition: Array | None = None) -> Params:
         return net.init(key, batch[0], None if condition is None else condition[0])
 
+    def parameters(params: Params, x: Array, condition: Array | None) -> Array:
+        return jnp.asarray(net.apply(params, x, condition))
+
     def forward(params: Params, x: Array, condition: Array | None = None) -> tuple[Array, Array]:
-        z, log_slope = transform.forward(x, net.apply(params, x, condition))
+        z, log_slope = transform.forward(x, parameters(params, x, condition))
         return z, log_slope.sum()
 
     def inverse(params: Params, z: Array, condition: Array | None = None) -> tuple[Array, Array]:
         # What is not known yet is zero, not a guess: guesses can grow from pass to pass to
         # infinity, and a masked weight times infinity is NaN.
         def step(x: Array, i: Array) -> tuple[Array, Array]:
-            parameters = net.apply(params, x, condition)[:, i]
-            x_i, log_slope = transform.inverse(z[i], parameters)
+            x_i, log_slope = transform.inverse(z[i], parameters(params, x, condition)[:, i])
             return x.at[i].set(x_i), log_slope
 
         order = jnp.asarray(np.argsort(net.ranks(len(z))[0]))
