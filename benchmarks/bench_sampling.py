@@ -16,6 +16,7 @@ if __name__ == "__main__":
     harness.one_device_per_core()
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +43,15 @@ def main() -> None:
     params = net.init(jax.random.key(0), start)
     keys = jax.random.split(jax.random.key(1), num_images)
 
-    def predict(params, image):
-        return net.apply(params, image)
+    apply: Callable[..., jax.Array] = net.apply  # pyright: ignore[reportAssignmentType]
 
     samplers = {
         "a pass for each pixel": lambda params, key: sample_in_order(
-            key, functools.partial(predict, params), sample_bernoulli, start, keep
+            key, functools.partial(apply, params), sample_bernoulli, start, keep
         ),
         "passes until nothing changes": lambda params, key: (
             sample_fixed_point(
-                key, functools.partial(predict, params), sample_bernoulli, start, keep
+                key, functools.partial(apply, params), sample_bernoulli, start, keep
             ).sample
         ),
         "activations kept": lambda params, key: sample_pixelcnn(
