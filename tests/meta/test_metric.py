@@ -217,11 +217,11 @@ def test_gradient_equals_finite_differences_under_jit_and_vmap(classifier):
 
 def extremes():
     """Zero rows, a query on an example, a class without support, large and tiny numbers."""
-    support, labels, queries = (jnp.asarray(x) for x in example(num_queries=4))
-    zero, twin = support.at[1].set(0), queries.at[0].set(support[3])
+    support, labels, queries = (np.asarray(x) for x in example(num_queries=4))
+    row = np.arange(len(support))[:, None]
     return {
-        "a query on an example": (support, labels, twin),
-        "zero rows": (zero, labels, queries.at[1].set(0)),
+        "a query on an example": (support, labels, np.where(row[:4] == 0, support[3], queries)),
+        "zero rows": (np.where(row == 1, 0, support), labels, np.where(row[:4] == 1, 0, queries)),
         "nothing but zeros": (0 * support, labels, 0 * queries),
         "a single class": (support, 0 * labels, queries),
         "large": (1e4 * support, labels, -1e4 * queries),
@@ -247,7 +247,7 @@ def test_finite_loss_gradient_and_second_derivative_at_extremes(classifier):
     for name, (support, labels, queries) in extremes().items():
         single = [x.astype(jnp.float32) for x in (support, queries)]
         for leaf in jax.tree.leaves(derivatives(single[0], labels, single[1])):
-            assert jnp.isfinite(leaf).all(), name
+            assert np.isfinite(leaf).all(), name
 
 
 @pytest.mark.parametrize("classifier", CLASSIFIERS)

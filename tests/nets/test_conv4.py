@@ -1,5 +1,7 @@
 """Conv4's shapes, its norms against flax and NumPy, and its second-order step with max-pooling."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -57,10 +59,11 @@ def test_without_outputs_gives_the_features_that_the_head_sees():
     for strided in (True, False):
         net = Conv4(2, num_filters=8, strided=strided)
         variables = jax.jit(net.init)(KEY, images)
-        features = Conv4(None, num_filters=8, strided=strided).apply(variables, images)
+        body = Conv4(None, num_filters=8, strided=strided)
         head = variables["params"]["head"]
-        expected = features @ head["kernel"] + head["bias"]
-        np.testing.assert_allclose(net.apply(variables, images), expected, rtol=1e-4, atol=1e-5)
+        expected = jax.jit(body.apply)(variables, images) @ head["kernel"] + head["bias"]
+        actual = jax.jit(net.apply)(variables, images)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("strided", [True, False])
@@ -103,7 +106,8 @@ def test_batch_norm_equals_numpy_in_value_and_gradient(num_reference):
         weights = random(6, 3, 2, 5, seed=2, dtype=np.float64)
 
         @jax.jit
-        def loss(params, x):
+        @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+        def value_and_grad(params, x):
             y = BatchNorm().apply({"params": params}, x, num_reference)
             return jnp.sum(weights * y), y
 
@@ -111,7 +115,7 @@ def test_batch_norm_equals_numpy_in_value_and_gradient(num_reference):
             y = references.batch_norm(x, **params, epsilon=1e-3, num_reference=num_reference)
             return np.sum(weights * y)
 
-        (total, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+        (total, y), grads = value_and_grad(params, x)
         expected = references.batch_norm(x, **params, epsilon=1e-3, num_reference=num_reference)
         np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
         np.testing.assert_allclose(total, in_numpy(params, x), rtol=1e-10)
@@ -122,7 +126,7 @@ def test_batch_norm_equals_numpy_in_value_and_gradient(num_reference):
 def test_batch_norm_is_finite_for_a_constant_batch():
     x = jnp.full((4, 5), 3.0)
     variables = BatchNorm().init(KEY, x)
-    y, grads = jax.value_and_grad(lambda x: BatchNorm().apply(variables, x).sum())(x)
+    y, grads = jax.jit(jax.value_and_grad(lambda x: BatchNorm().apply(variables, x).sum()))(x)
     assert y == 0
     assert jnp.isfinite(grads).all()
 
