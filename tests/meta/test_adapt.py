@@ -123,6 +123,7 @@ def test_per_step_leaves_are_read_by_the_step_and_moved_by_the_outer_loop_alone(
         body = params["body"]
         return params | {"body": body | {"bias": body["bias"][min(step, entries - 1)]}}
 
+    @jax.jit
     def loop(params):
         path = [params]
         for step in range(3):
@@ -134,17 +135,20 @@ def test_per_step_leaves_are_read_by_the_step_and_moved_by_the_outer_loop_alone(
     def is_bias(path):
         return path == "body/bias"
 
-    adapted = adapt(
-        gradients(loss_fn),
-        params,
-        support,
-        KEY,
-        optimizer=optax.sgd(RATE),
-        num_steps=3,
-        per_step=is_bias,
-        trajectory=True,
-    )
-    assert_close(adapted.trajectory, stack(loop(params)))
+    @jax.jit
+    def trajectory(params):
+        return adapt(
+            gradients(loss_fn),
+            params,
+            support,
+            KEY,
+            optimizer=optax.sgd(RATE),
+            num_steps=3,
+            per_step=is_bias,
+            trajectory=True,
+        ).trajectory
+
+    assert_close(trajectory(params), stack(loop(params)))
     for step in (0, 1, 3):
         assert_close(at_step(params, step, is_bias), at(params, step))
 
@@ -158,11 +162,12 @@ def test_per_step_leaves_are_read_by_the_step_and_moved_by_the_outer_loop_alone(
         per_step=is_bias,
         query_loss_weights=jnp.ones(3),
     )
-    grads, _ = jax.grad(meta_loss, has_aux=True)(params, Episode(support, support), KEY)
-    assert_close(grads, jax.grad(sum_of_query_losses)(params))
+    meta_gradient = jax.jit(jax.grad(meta_loss, has_aux=True))
+    grads, _ = meta_gradient(params, Episode(support, support), KEY)
+    assert_close(grads, jax.jit(jax.grad(sum_of_query_losses))(params))
     last = maml_loss(loss_fn, inner_optimizer=optax.sgd(RATE), num_steps=3, per_step=is_bias)
     expected = plain_loss(at(loop(params)[-1], 3), support)
-    assert_close(last(params, Episode(support, support), KEY)[0], expected)
+    assert_close(jax.jit(last)(params, Episode(support, support), KEY)[0], expected)
 
 
 def test_no_steps_give_the_parameters_back():

@@ -145,7 +145,8 @@ def test_right_for_a_game_whose_jacobian_is_not_symmetric(lift, gradient):
 def test_the_game_is_far_from_a_gradient():
     """Otherwise the Jacobian in place of its transpose would be right as well."""
     a, b, x = random(2), random(3, seed=1), random(3, 2, seed=2)
-    jacobian = jax.jacobian(lambda players: game(gradients)((*players, 0), x, KEY)[0][:2])((a, b))
+    field = jax.jit(jax.jacobian(lambda players: game(gradients)((*players, 0), x, KEY)[0][:2]))
+    jacobian = field((a, b))
     assert jnp.abs(jacobian[0][1] - jacobian[1][0].T).max() > 0.5
 
 
