@@ -332,6 +332,12 @@ def check(config: Config) -> None:
             f"classes, only {', '.join(METRIC_LEARNERS)} train with other ways",
         ),
         (
+            config.learner != "reptile"
+            or (config.outer_optimizer == "sgd" and config.outer_rate <= 1),
+            f"outer_optimizer is {config.outer_optimizer} at {config.outer_rate}; reptile needs "
+            "sgd at up to 1, or the second moments that it carries could turn negative",
+        ),
+        (
             config.split == "vinyals" or config.dataset.partition(":")[0] == "omniglot",
             f"split is {config.split} and dataset {config.dataset}; only omniglot has several "
             "class lists: leave --split out",

@@ -56,7 +56,8 @@ def reptile_gradients(
         direction of zero.
       carry_state: params are then `MetaParams(init, rule)`, `rule` the state with which the inner
         optimiser begins, `inner_optimizer.init(init)` at first. Its direction too is from where a
-        task leads back to the start, so that an outer SGD of rate 1 takes the tasks' mean.
+        task leads back to the start, so that an outer SGD of rate 1 takes the tasks' mean. Other
+        outer optimisers may make second moments negative.
 
     Returns:
       A `GradFn` over `Episode(support, query)` whose metrics are those of `loss_fn` on the query

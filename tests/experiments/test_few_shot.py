@@ -49,6 +49,7 @@ def test_ink_of_letters_is_high_and_colours_stay_as_they_are():
         ({"test_queries": (5, 0)}, "test_queries is (5, 0)"),
         ({"num_test_tasks": 1}, "need 2 or more for an interval"),
         ({"split": "lake"}, "split is lake and dataset glyphs"),
+        ({"learner": "reptile"}, "outer_optimizer is adam at 0.003; reptile needs sgd at up to 1"),
         ({"train_shots": 0}, "train_shots is 0; give 1 or more"),
         ({"outer_rate": -1.0}, "outer_rate is -1.0; give more than 0"),
         ({"inner_rate": float("nan")}, "inner_rate is nan"),
@@ -110,7 +111,15 @@ def test_the_experiment_gives_every_number_and_picture_and_the_same_when_resumed
 ):
     monkeypatch.setattr(few_shot, "load_splits", colour_splits)
     config = dataclasses.replace(
-        SMOKE, learner=learner, test_queries=(1, 3), num_queries=2, num_filters=4, run_dir=tmp_path
+        few_shot.with_learner(SMOKE, dataclasses.replace(SMOKE, learner=learner)),
+        train_shots=4 if learner == "reptile" else None,
+        test_queries=(1, 3),
+        test_steps=3,
+        num_queries=2,
+        num_filters=4,
+        validate_every=3,
+        baselines=True,
+        run_dir=tmp_path,
     )
     numbers = few_shot.main(config)
     for name in ("before_adaptation", "test", "fine_tuned", "nearest_neighbour"):
