@@ -98,15 +98,6 @@ def time_in_turns(
             timings[name].seconds.append(_seconds(call))
 
 
-def matmul_peak(devices: int, *, size: int = 1024, rounds: int = 10) -> float:
-    """GFLOP/s of float32 matrix products, one on each of so many devices at once."""
-    product = jax.pmap(lambda a, b: a @ b, devices=jax.devices()[:devices])
-    operands = (jnp.ones((devices, size, size), jnp.float32),) * 2
-    product(*operands).block_until_ready()
-    best = min(_seconds(lambda: product(*operands)) for _ in range(rounds))
-    return devices * 2 * size**3 / best / 1e9
-
-
 def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(call())
