@@ -83,7 +83,7 @@ def to_class_data(
             num_rotations=config.rotations,
         )
     except UserError as error:
-        names = ("num_ways", "num_shots", "num_queries")
+        names = ("num_ways", "num_shots", "num_queries" if train else "test_queries")
         settings = {name: getattr(config, name) for name in names}
         if train:
             others = {"train_ways": config.train_ways, "train_shots": config.train_shots}

@@ -68,7 +68,7 @@ def check_episodes(
     if smallest < needed:
         raise UserError(
             f"{num_shots} shots and {num_queries} queries need {needed} examples of each class and "
-            f"the smallest class has {smallest}; lower num_shots or num_queries, or drop the class"
+            f"the smallest class has {smallest}; ask for fewer shots or queries, or drop the class"
         )
 
 

@@ -77,6 +77,10 @@ def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
         few_shot.to_class_data(config, images, "test")
     with pytest.raises(UserError, match=r"need 16 examples of each class and the smallest .* 10"):
         few_shot.to_class_data(SMOKE, images, "test")
+    few = dataclasses.replace(SMOKE, num_queries=12, test_queries=(2, 13))
+    for part, named in (("training", "num_queries 12"), ("test", r"test_queries \(2, 13\)")):
+        with pytest.raises(UserError, match=rf"num_shots 1, {named}\): .*; ask for fewer"):
+            few_shot.to_class_data(few, images, part)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
