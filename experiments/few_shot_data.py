@@ -62,8 +62,20 @@ def load_splits(config: Config) -> ClassSplit:
         if config.dataset.partition(":")[0] == "omniglot":
             parts = tuple(f"{config.split}/{part}" for part in parts)
         elif config.dataset not in ("glyphs", "cifar_fs", "mini_imagenet"):
-            return split_classes(load("train", progress=progress))
+            return _split_by_class(config.dataset, load("train", progress=progress))
         return ClassSplit(*(load(part, progress=progress) for part in parts))
+
+
+def _split_by_class(dataset: str, images: LabelledImages) -> ClassSplit:
+    num_classes = len(images.class_names)
+    try:
+        return split_classes(images)
+    except UserError:
+        what = f"{num_classes} classes" if num_classes > 1 else "no labels, or a single one"
+        raise UserError(
+            f"dataset {dataset} has {what}, too few for training, validation and test to have "
+            "classes of their own; give a --dataset of more classes"
+        ) from None
 
 
 def to_class_data(

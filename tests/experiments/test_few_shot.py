@@ -83,6 +83,14 @@ def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
             few_shot.to_class_data(few, images, part)
 
 
+@pytest.mark.parametrize(("names", "what"), [(["x"], "no labels, or a single one"), ("xy", "2 cl")])
+def test_a_set_of_too_few_classes_to_divide_is_named(monkeypatch, names, what):
+    images = LabelledImages(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32), tuple(names))
+    monkeypatch.setattr(few_shot_data, "load_images", lambda *_, **__: images)
+    with pytest.raises(UserError, match=f"dataset some has {what}.*; give a --dataset of more"):
+        few_shot_data.load_splits(dataclasses.replace(SMOKE, dataset="some"))
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_has_a_direction_and_an_answer_in_both_modes(name):
     given = dataclasses.replace(SMOKE, learner=name)
