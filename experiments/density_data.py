@@ -1,5 +1,6 @@
 """The images of `experiments.density`, with light strokes high, in training, validation, test."""
 
+import sys
 from typing import NamedTuple
 
 import jax
@@ -36,7 +37,8 @@ class Splits(NamedTuple):
 
 def load_splits(config: Config) -> Splits:
     """The images, in an order that is the same every time, cut to the numbers asked for."""
-    with rich.progress.Progress(transient=True) as bar:
+    # Off a terminal it would print an empty line.
+    with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task(f"decoding {config.dataset}", total=None)
         size = 28 if config.dataset in _DARK_INK else None
         parts = [

@@ -1,6 +1,7 @@
 """The episodes of `experiments.few_shot`: of labelled images, or made up from unlabelled ones."""
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -44,7 +45,8 @@ NUM_PARTITIONS, NUM_CLUSTERS, BLOCK = 10, 500, 1000
 def load_splits(config: Config) -> ClassSplit:
     """The images of training, validation and test classes, no class in two of them."""
     parts = ClassSplit._fields
-    with rich.progress.Progress(transient=True) as bar:
+    # Off a terminal it would print an empty line.
+    with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task(f"decoding {config.dataset}", total=None)
 
         def progress(done: int, total: int) -> None:

@@ -84,11 +84,12 @@ def test_too_few_classes_or_pictures_name_what_is_needed_and_what_there_is():
 
 
 @pytest.mark.parametrize(("names", "what"), [(["x"], "no labels, or a single one"), ("xy", "2 cl")])
-def test_a_set_of_too_few_classes_to_divide_is_named(monkeypatch, names, what):
+def test_a_set_of_too_few_classes_to_divide_is_named(monkeypatch, capsys, names, what):
     images = LabelledImages(np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4, np.int32), tuple(names))
     monkeypatch.setattr(few_shot_data, "load_images", lambda *_, **__: images)
     with pytest.raises(UserError, match=f"dataset some has {what}.*; give a --dataset of more"):
         few_shot_data.load_splits(dataclasses.replace(SMOKE, dataset="some"))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", LEARNERS)
