@@ -50,6 +50,10 @@ def test_ink_of_letters_is_high_and_colours_stay_as_they_are():
         ({"num_test_tasks": 1}, "need 2 or more for an interval"),
         ({"split": "lake"}, "split is lake and dataset glyphs"),
         ({"learner": "reptile"}, "outer_optimizer is adam at 0.003; reptile needs sgd at up to 1"),
+        (
+            {"learner": "reptile", "outer_optimizer": "sgd", "outer_rate": 1.5},
+            "outer_optimizer is sgd at 1.5; reptile needs sgd at up to 1",
+        ),
         ({"train_shots": 0}, "train_shots is 0; give 1 or more"),
         ({"outer_rate": -1.0}, "outer_rate is -1.0; give more than 0"),
         ({"inner_rate": float("nan")}, "inner_rate is nan"),
