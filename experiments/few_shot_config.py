@@ -238,7 +238,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
     "proto_maml": {"inner_rate": 0.1},
 }
 
-# Outer steps of the 1-shot presets of Omniglot that 2 cores take in less than 20 minutes.
+# Outer steps of the 1-shot presets of Omniglot; experiments/README.md has the minutes of most.
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "reptile": 45_000,
     "imaml": 7000,

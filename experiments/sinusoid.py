@@ -98,7 +98,7 @@ class Config:
 
 PRESETS = {
     "default": Config(),
-    "published": Config(num_shots=10, inner_steps=1, every_step=False, steps=70_000, cosine=False),
+    "published": Config(num_shots=10, inner_steps=1, steps=70_000, cosine=False),
     "smoke": Config(steps=20, num_validation_tasks=20, num_test_tasks=50),
 }
 
