@@ -96,6 +96,18 @@ def test_a_set_of_too_few_classes_to_divide_is_named(monkeypatch, capsys, names,
     assert capsys.readouterr().out == ""
 
 
+def test_any_set_of_tfds_is_divided_by_class(monkeypatch):
+    names, labels = tuple("abcdefghij"), np.repeat(np.arange(10, dtype=np.int32), 3)
+    images = LabelledImages(np.zeros((30, 8, 8, 3), np.uint8), labels, names)
+    asked = []
+    monkeypatch.setattr(few_shot_data, "load_images", lambda *a, **_: asked.append(a) or images)
+    parts = few_shot_data.load_splits(dataclasses.replace(SMOKE, dataset="some"))
+    assert asked == [("some", "train")]
+    assert [len(part.class_names) for part in parts] == [6, 2, 2]
+    assert sorted(name for part in parts for name in part.class_names) == [*names]
+    assert [len(part.images) for part in parts] == [18, 6, 6]
+
+
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_learner_has_a_direction_and_an_answer_in_both_modes(name):
     given = dataclasses.replace(SMOKE, learner=name)
