@@ -115,7 +115,7 @@ def plot_adaptation(
     axes.set_xticks(range(0, last + 1, math.ceil(last / 10) or 1))
     finish(
         axes,
-        "steps on the support set (0: before adaptation)",
+        "steps on the support set (0: before adaptation; at the right: after the last)",
         "Accuracy (%), mean over tasks with 95 % interval",
     )
     label_right(axes, labels)

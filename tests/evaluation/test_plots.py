@@ -205,6 +205,7 @@ def test_adaptation_shows_means_intervals_and_levels_with_legible_labels(drawn):
     said = texts(figure)
     assert f"learner 0  {mean:.1f} ± {interval:.1f} %" in said
     assert "guessing  5 %" in said
+    assert "at the right: after the last" in axes.get_xlabel()
     assert len(said) == 6
     assert_legible(figure)
 
