@@ -1,14 +1,13 @@
 """The images of `experiments.density`, with light strokes high, in training, validation, test."""
 
-import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
+from experiments.decoding import decoding
 from experiments.density_config import Config, DatasetName
 from metagen_jax.data.sources import load_images
 from metagen_jax.types import PRNGKey
@@ -37,17 +36,11 @@ class Splits(NamedTuple):
 
 def load_splits(config: Config) -> Splits:
     """The images, in an order that is the same every time, cut to the numbers asked for."""
-    # Off a terminal it would print an empty line.
-    with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=None)
+    with decoding(config.dataset) as progress:
         size = 28 if config.dataset in _DARK_INK else None
         parts = [
             load_images(
-                config.dataset,
-                split,
-                data_dir=config.data_dir,
-                size=size,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                config.dataset, split, data_dir=config.data_dir, size=size, progress=progress
             )
             for split in _SPLITS[config.dataset]
         ]

@@ -288,8 +288,9 @@ def check_checkpoint(checkpoint: Path, config: Config) -> None:
     """Raises a UserError if a run is of another net or of other class lists than `config`."""
     advice = "give the --run-dir of a run of experiments.few_shot as --checkpoint"
     trained = program.read_settings(checkpoint, advice=advice)
-    same_data = trained.get("dataset") == config.dataset
-    for name in (*_OF_THE_NET, *(["split", "rotations"] if same_data else [])):
+    of_the_data = ["split", "rotations"] if trained.get("dataset") == config.dataset else []
+    of_the_head = [] if config.learner in METRIC_LEARNERS else ["num_ways"]
+    for name in (*_OF_THE_NET, *of_the_head, *of_the_data):
         here = getattr(config, name)
         there = trained.get(name, here)
         program.require(

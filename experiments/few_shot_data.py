@@ -1,7 +1,6 @@
 """The episodes of `experiments.few_shot`: of labelled images, or made up from unlabelled ones."""
 
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
@@ -9,9 +8,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
-import rich.progress
 from jaxtyping import Array, Num, PyTree
 
+from experiments.decoding import decoding
 from experiments.few_shot_config import Config
 from metagen_jax.data.augment import random_affine
 from metagen_jax.data.classes import ClassSplit, LabelledImages, split_classes
@@ -45,13 +44,7 @@ NUM_PARTITIONS, NUM_CLUSTERS, BLOCK = 10, 500, 1000
 def load_splits(config: Config) -> ClassSplit:
     """The images of training, validation and test classes, no class in two of them."""
     parts = ClassSplit._fields
-    # Off a terminal it would print an empty line.
-    with rich.progress.Progress(transient=True, disable=not sys.stdout.isatty()) as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with decoding(config.dataset) as progress:
         if config.dataset == "cifar_fs":
             load: Callable = functools.partial(load_cifar_fs, data_dir=config.data_dir)
         elif config.dataset == "mini_imagenet":
@@ -108,7 +101,7 @@ def to_class_data(
 
 
 def normalise(images: Num[Array, "*shape"]) -> Array:
-    """Bytes to floats in [0, 1]; one channel is turned round, so that dark ink is near 1."""
+    """Bytes to floats in [0, 1]; one channel is turned round: ink, dark on paper, is near 1."""
     scaled = images.astype(jnp.float32) / 255
     return 1 - scaled if images.shape[-1] == 1 else scaled
 

@@ -162,8 +162,8 @@ def prepare_run_dir(config: Config) -> None:
     """Makes the folder of the run and keeps the settings there, as `config.json`.
 
     Raises:
-      UserError: it can't be made, holds a run that is not to be resumed or one of other settings,
-        or a `config.json` that is not from a run.
+      UserError: it can't be made, holds files and no run, a run that is not to be resumed or one
+        of other settings, or a `config.json` that is not from a run.
     """
     folder = config.run_dir
     settings = json.loads(json.dumps(dataclasses.asdict(config), default=_to_json))
@@ -182,6 +182,11 @@ def prepare_run_dir(config: Config) -> None:
         if config.resume:
             _check_same(settings, before, folder)
             return
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(
+            f"run_dir {folder} holds files and no run, some of which a run might overwrite; "
+            "give a new or an empty --run-dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -163,7 +163,7 @@ def restore_checkpoint(path: Path, like: Tree) -> tuple[Tree, dict[str, Any]]:
     if difference := _first_difference(leaves, _describe(shapes)):
         raise TrainingError(
             f"{path} is a checkpoint of another model: {difference}; give the settings that it was "
-            "trained with, or another folder (--run-dir)"
+            "trained with, or another folder (--run-dir or --checkpoint)"
         )
     target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     with _reading(path), _orbax(ocp) as checkpointer:

@@ -195,10 +195,11 @@ def test_a_checkpoint_is_tested_at_other_ways_and_nothing_is_trained(monkeypatch
 def test_a_checkpoint_of_another_net_or_of_other_class_lists_is_refused(tmp_path):
     trained = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], run_dir=tmp_path / "trained")
     program.prepare_run_dir(trained)
-    tested = dataclasses.replace(trained, checkpoint=trained.run_dir, num_ways=20)
+    tested = dataclasses.replace(trained, checkpoint=trained.run_dir)
     few_shot_config.check_checkpoint(trained.run_dir, tested)
-    for other in ({"strided": False}, {"norm": "group"}, {"learner": "anil"}, {"split": "lake"}):
-        [(name, value)] = other.items()
+    others = {"strided": False, "norm": "group", "learner": "anil", "split": "lake", "num_ways": 20}
+    for name, value in others.items():
+        other = {name: value}
         with pytest.raises(UserError, match=f"with {name} .*, here it is {value}; give the {name}"):
             few_shot.main(dataclasses.replace(tested, **other))
     glyphs = dataclasses.replace(tested, dataset="glyphs", split="vinyals", rotations=1)

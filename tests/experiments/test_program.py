@@ -231,6 +231,12 @@ def test_a_run_that_failed_before_its_first_step_may_begin_with_other_settings(c
     assert run("--seed", "2")["seed"] == 2
 
 
+def test_a_folder_of_other_files_is_left_alone(capsys):
+    Path("episode.png").touch()
+    assert "run_dir . holds files and no run" in fails(capsys, "--run-dir", ".")
+    assert [path.name for path in Path().iterdir()] == ["episode.png"]
+
+
 def test_damaged_settings_are_one_line(capsys):
     run()
     Path("runs/toy-full/config.json").write_text("{")
