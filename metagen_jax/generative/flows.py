@@ -5,6 +5,7 @@ parameters, from real data. Flows of vectors condition on a vector wherever one 
 those of images.
 
 Rezende, Mohamed: Variational Inference with Normalizing Flows, 2015.
+Kingma et al.: Improved Variational Inference with Inverse Autoregressive Flow, 2016.
 Dinh, Sohl-Dickstein, Bengio: Density estimation using Real NVP, 2017.
 Papamakarios, Pavlakou, Murray: Masked Autoregressive Flow for Density Estimation, 2017.
 Kingma, Dhariwal: Glow: Generative Flow with Invertible 1x1 Convolutions, 2018.
@@ -25,6 +26,7 @@ from metagen_jax.generative.bijectors import (
     Bijector,
     activation_norm,
     chain,
+    inverted,
     invertible_linear,
     multi_scale,
     repeat,
@@ -159,15 +161,31 @@ def maf(
     transform = affine_transform() if transform is None else transform
     layers = []
     for i in range(_positive(num_layers, "num_layers")):
-        order = "reversed" if i % 2 else "natural"
-        net = MADE(
-            hidden_sizes,
-            num_params=transform.num_params,
-            order=order,
-            head_init=nn.initializers.zeros_init(),
-        )
+        net = _alternating_net(i, hidden_sizes, transform)
         layers += [activation_norm(), autoregressive(net, transform)]
     return chain(*layers)
+
+
+def iaf(*, num_layers: int = 4, hidden_sizes: Sequence[int] = (64, 64)) -> Bijector:
+    """Inverse autoregressive layers of vectors, in natural and reversed order in turn.
+
+    `x_i = (z_i - m_i(z_<i)) exp(-s_i(z_<i))` from noise to data, by one pass of each layer's net,
+    with the density of what is drawn; the density of other data takes a pass for each number.
+    Algorithm 1 of Kingma et al. 2016 with affine layers that start as the identity for its gates.
+    As a posterior (`flow` of `metagen_jax.generative.vae.gaussian_inference`) it is `inverse`,
+    given what the encoder says of the example as condition. It sets no scales by data.
+
+    Args:
+      num_layers: autoregressive layers.
+      hidden_sizes: of the masked net of each.
+    """
+    transform = affine_transform()
+    return chain(
+        *(
+            inverted(autoregressive(_alternating_net(i, hidden_sizes, transform), transform))
+            for i in range(_positive(num_layers, "num_layers"))
+        )
+    )
 
 
 def realnvp_images(*, num_levels: int = 3, num_filters: int = 32, num_blocks: int = 2) -> Bijector:
@@ -219,6 +237,15 @@ def glow_images(
     level = chain(squeeze(), steps, keep_first)
     last = chain(squeeze(), steps)
     return multi_scale(*[level] * (_positive(num_levels, "num_levels") - 1), last)
+
+
+def _alternating_net(index: int, hidden_sizes: Sequence[int], transform: Transform) -> MADE:
+    return MADE(
+        hidden_sizes,
+        num_params=transform.num_params,
+        order="reversed" if index % 2 else "natural",
+        head_init=nn.initializers.zeros_init(),
+    )
 
 
 def _linear_step(last: Bijector) -> Bijector:

@@ -31,8 +31,9 @@ from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.gradients import count_tasks, task_keys
 from metagen_jax.types import Batch, LossFn, Metrics, Params, PRNGKey
 
-Encode = Callable[[Params, Any], tuple[Array, Array]]
-"""`encode(params, x) -> (mean, log_std)` of the Gaussian `q(z | x)`, vectors."""
+Encode = Callable[[Params, Any], tuple[Array, ...]]
+"""`encode(params, x) -> (mean, log_std)` of the Gaussian `q(z | x)`, vectors; with a flow of the
+latents a third thing may come with them, the context."""
 
 Decode = Callable[[Params, Array], Any]
 """`decode(params, z) -> parameters of p(x | z)`, such as logits."""
@@ -41,7 +42,8 @@ LogLikelihood = Callable[[Any, Any], Float[Array, ""]]
 """`log_likelihood(x, decoded) -> log p(x | z)`, in nats, summed over the example."""
 
 Flow = Callable[[Params, Any, Array], tuple[Array, Array]]
-"""`flow(params, x, u) -> (z, log |det dz/du|)`, an invertible map of the latents."""
+"""`flow(params, context, u) -> (z, log |det dz/du|)`, an invertible map of the latents. The context
+is what `encode` gives third, or x if it gives a pair."""
 
 
 class Inference(NamedTuple):
@@ -90,18 +92,19 @@ def gaussian_inference(
     Kingma et al. 2016 if the flow is inverse-autoregressive.
 
     Args:
-      encode: `(params, x) -> (mean, log_std)`, vectors.
+      encode: `(params, x) -> (mean, log_std)`, vectors; or `(mean, log_std, context)`.
       decode: `(params, z) -> decoded`.
       log_likelihood: `(x, decoded) -> nats`.
-      flow: `(params, x, u) -> (z, log_det)`; there is then no closed form of the KL divergence.
+      flow: `(params, context, u) -> (z, log_det)`, the context being x if there is no other; there
+        is then no closed form of the KL divergence.
     """
 
     def infer(params: Params, x: Any, key: PRNGKey) -> Inference:
-        mean, log_std = encode(params, x)
+        mean, log_std, *context = encode(params, x)
         z = sample_gaussian(key, mean, log_std)
         log_posterior = gaussian_log_prob(z, mean, log_std).sum()
         if flow is not None:
-            z, log_det = flow(params, x, z)
+            z, log_det = flow(params, context[0] if context else x, z)
             log_posterior -= log_det
         log_ratio = log_posterior - gaussian_log_prob(z, 0.0, 0.0).sum()
         kl = gaussian_kl(mean, log_std) if flow is None else log_ratio[None]
@@ -225,7 +228,7 @@ def doubly_reparameterized_log_prob(
     _check_num_samples(num_samples)
 
     def log_prob(params: Params, x: Any, key: PRNGKey) -> Array:
-        mean, log_std = encode(params, x)
+        mean, log_std, *_ = encode(params, x)
         draw = jax.vmap(sample_gaussian, in_axes=(0, None, None))
         z = draw(task_keys(key, num_samples), mean, log_std)
         fixed_mean, fixed_log_std = jax.lax.stop_gradient((mean, log_std))

@@ -42,6 +42,7 @@ class DenseVAE(nn.Module):
       num_latents: how many latents.
       hidden_sizes: units of the encoder's hidden layers; the decoder has them in reverse.
       num_params: numbers that the decoder gives for each element of the example.
+      num_context: numbers that the encoder gives besides, for a flow of the latents.
       activation: between layers.
     """
 
@@ -49,17 +50,27 @@ class DenseVAE(nn.Module):
     num_latents: int = 50
     hidden_sizes: Sequence[int] = (200, 200)
     num_params: int = 1
+    num_context: int = 0
     activation: Callable[[Array], Array] = nn.tanh
 
     def setup(self):
         sizes = tuple(self.hidden_sizes)
         num_outputs = math.prod(self.shape) * self.num_params
-        self.encoder = MLP(sizes, 2 * self.num_latents, self.activation)
+        self.encoder = MLP(sizes, 2 * self.num_latents + self.num_context, self.activation)
         self.decoder = MLP(sizes[::-1], num_outputs, self.activation)
 
     def encode(self, x: Float[AnyArray, "*shape"]) -> Gaussian:
-        """Mean and log standard deviation of `q(z | x)`."""
-        return _mean_and_log_std(self.encoder(jnp.ravel(x)))
+        """Mean and log standard deviation of `q(z | x)`, or of what a flow makes the latents of."""
+        return _mean_and_log_std(self.encoder(jnp.ravel(x))[: 2 * self.num_latents])
+
+    def encode_with_context(
+        self, x: Float[AnyArray, "*shape"]
+    ) -> tuple[Float[Array, " latents"], Float[Array, " latents"], Float[Array, " context"]]:
+        """Mean, log standard deviation and context."""
+        outputs = self.encoder(jnp.ravel(x))
+        gaussian, context = jnp.split(outputs, [2 * self.num_latents])
+        mean, log_std = _mean_and_log_std(gaussian)
+        return mean, log_std, context
 
     def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape params"]:
         """Parameters of `p(x | z)`, `(*shape, num_params)`."""

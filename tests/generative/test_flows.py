@@ -18,6 +18,7 @@ from metagen_jax.generative.flows import (
     flow_sample,
     glow,
     glow_images,
+    iaf,
     maf,
     realnvp,
     realnvp_images,
@@ -27,6 +28,7 @@ from metagen_jax.generative.likelihoods import bits_per_dim, gaussian_log_prob
 from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
 from metagen_jax.gradients import gradients
 from metagen_jax.meta.maml import maml_loss
+from metagen_jax.nets.made import MADE
 from metagen_jax.types import Episode
 
 KEY = jax.random.key(0)
@@ -36,6 +38,7 @@ VECTORS = {
     "glow": glow(**SMALL),
     "spline_flow": spline_flow(**SMALL, num_bins=3),
     "maf": maf(**SMALL),
+    "iaf": iaf(**SMALL),
     "maf of splines": maf(**SMALL, transform=spline_transform(num_bins=3)),
 }
 IMAGES = {
@@ -138,6 +141,26 @@ def test_tasks_under_vmap_equal_a_loop_in_log_prob_samples_and_gradients(name):
         together, stack(*[evaluate(*task) for task in tasks]), rtol=1e-3, atol=1e-4
     )
     assert jnp.abs(together[1][0] - together[1][1]).max() > 1e-3
+
+
+def test_an_inverse_autoregressive_flow_by_its_equations(float64):
+    """`z_i = m_i(u_<i, c) + exp(s_i(u_<i, c)) u_i`, then the same in reversed order."""
+    flow = VECTORS["iaf"]
+    params = jax.tree.map(jnp.float64, params_of(flow, (3,), 2))
+    u, condition = jnp.array([0.3, -1.2, 0.8]), jnp.array([0.5, -1.0])
+    z, log_det = jax.jit(flow.inverse)(params, u, condition)
+    expected, total = u, 0.0
+    # Noise to data begins at the last layer of the chain.
+    for name, order in (("layer1", "reversed"), ("layer0", "natural")):
+        net = MADE((5,), num_params=2, order=order)
+        shift, raw = net.apply(params[name], expected, condition)
+        log_scale = -3 * np.tanh(raw / 3)
+        expected = (expected - shift) * np.exp(log_scale)
+        total += log_scale.sum()
+    np.testing.assert_allclose(z, expected, rtol=1e-12)
+    np.testing.assert_allclose(log_det, total, rtol=1e-12)
+    jacobian = jax.jacobian(lambda u: flow.inverse(params, u, condition)[0])(u)
+    np.testing.assert_allclose(log_det, np.linalg.slogdet(jacobian)[1], rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", flows("maf"))
@@ -271,7 +294,7 @@ def test_bits_per_dimension_of_images_at_the_start():
 
 
 def test_says_what_is_needed():
-    for builder in (realnvp, glow, maf, spline_flow):
+    for builder in (realnvp, glow, maf, iaf, spline_flow):
         with pytest.raises(UserError, match="is 0; give a positive number"):
             builder(num_layers=0)
     for builder in (realnvp_images, glow_images):

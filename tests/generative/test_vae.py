@@ -207,6 +207,27 @@ def test_a_flow_of_the_latents_is_the_posterior_that_it_makes():
 
 
 @pytest.mark.usefixtures("float64")
+def test_the_context_of_a_flow_is_what_the_encoder_gives_or_the_example():
+    rng = np.random.default_rng(4)
+    params, x = linear_model(rng, error=0.2), jnp.asarray(rng.normal(size=4))
+
+    def shift(params, context, u):
+        return u + context[:2], jnp.zeros(())
+
+    def with_context(params, x):
+        return *encode(params, x), 2 * x
+
+    def moved(factor):
+        return lambda params, x: (encode(params, x)[0] + factor * x[:2], encode(params, x)[1])
+
+    for given, factor in ((encode, 1), (with_context, 2)):
+        actual = gaussian_inference(given, decode, log_likelihood, flow=shift)(params, x, KEY)
+        expected = gaussian_inference(moved(factor), decode, log_likelihood)(params, x, KEY)
+        assert actual.log_likelihood == pytest.approx(float(expected.log_likelihood), rel=1e-12)
+        assert actual.log_ratio == pytest.approx(float(expected.log_ratio), rel=1e-10)
+
+
+@pytest.mark.usefixtures("float64")
 def test_a_hierarchy_of_one_level_is_a_gaussian_and_of_two_sums_its_levels():
     rng = np.random.default_rng(5)
     x = jnp.asarray(rng.normal(size=4))

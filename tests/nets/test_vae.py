@@ -29,6 +29,21 @@ def test_latents_and_parameters_have_their_shapes(name):
     np.testing.assert_array_equal(net.apply(params, x), decoded)
 
 
+def test_the_context_comes_with_the_gaussian_and_from_the_same_layers():
+    net = DenseVAE(shape=(4,), num_latents=3, hidden_sizes=(8,), num_context=5)
+    x = jax.random.normal(KEY, (4,))
+    params = net.init(KEY, x)
+    mean, log_std, context = net.apply(params, x, method="encode_with_context")
+    assert context.shape == (5,)
+    for actual, expected in zip(
+        (mean, log_std), net.apply(params, x, method="encode"), strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected)
+    hidden, head = (params["params"]["encoder"][name] for name in ("hidden0", "head"))
+    outputs = jnp.tanh(x @ hidden["kernel"] + hidden["bias"]) @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(context, outputs[6:], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dense", "conv"])
 def test_standard_deviations_are_bounded_for_any_input(name):
     net = NETS[name]
