@@ -104,10 +104,10 @@ def flow_log_probs(
 def layers_of(net: MADE, params: Params, num_features: int, layer: Callable) -> list:
     """The dense layers of a net, `(out, in)`; the head's outputs by number, not by parameter."""
     x = np.random.default_rng(1).normal(size=(64, num_features)).astype(np.float32)
-    smooth = net.clone(activation=jnp.tanh)
+    smooth: Callable[..., jax.Array] = net.clone(activation=jnp.tanh).apply  # pyright: ignore[reportAssignmentType]
 
     def total(params: Params) -> jax.Array:
-        outputs = smooth.apply(params, x)
+        outputs = smooth(params, x)
         return jnp.vdot(outputs, jax.random.normal(jax.random.key(0), outputs.shape))
 
     # A weight that is masked has no gradient, and with tanh no other has none.
@@ -162,7 +162,7 @@ def model_log_prob(
 def time_models(smoke: bool) -> dict[str, Any]:
     """Part 2: the likelihood of each model, one after the other, in turns."""
     preset, size, num_images = PRESETS["binarized-mnist"], 28, 64
-    names = [name for name in get_args(ModelName) if name not in WITHOUT]
+    names: list[Any] = [name for name in get_args(ModelName) if name not in WITHOUT]
     if smoke:
         preset = replace(preset, hidden_sizes=(8, 8), num_filters=4, num_layers=2)
         names, size, num_images = ["vae", "made", "pixelcnn"], 8, 2
