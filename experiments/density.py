@@ -7,9 +7,9 @@
 Trains a model by maximum likelihood, or a bound, keeps the parameters that validate best, and
 reports the negative log-likelihood of test images, in nats and bits per dimension, with what it is:
 exact, or a bound and by how many importance samples. Writes to the run's folder: `result.json`,
-`learning_curve.png`, `samples.png`, for models with latents `reconstructions.png` and
-`interpolations.png`, for those that can complete what is hidden `completions.png`, metrics,
-checkpoints.
+`learning_curve.png`, `samples.png`, for models with latents `reconstructions.png`,
+`interpolations.png` and `attribute.png`, for those that can complete what is hidden
+`completions.png`, metrics, checkpoints.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
@@ -51,9 +51,11 @@ def train(config: Config, model: Model, images: np.ndarray, val: Array) -> FitRe
     def validate(params: Params) -> dict[str, float]:
         return {"nll": -float(evaluate(config, model.log_prob, params, val, VALIDATION_SEED).mean)}
 
-    optimizer = model.optimizer or optax.adam(
-        optax.cosine_decay_schedule(config.rate, config.steps)
-    )
+    rate = optax.cosine_decay_schedule(config.rate, config.steps)
+    adam = optax.adam(rate, eps=config.epsilon)
+    if config.weight_decay > 0:
+        adam = optax.adamw(rate, eps=config.epsilon, weight_decay=config.weight_decay)
+    optimizer = model.optimizer or adam
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     first = draw_values(config, init_key, images[:NUM_INIT])
     params = jax.jit(model.init)(init_key, first)

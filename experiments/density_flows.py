@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from experiments.density_config import Config
@@ -17,12 +18,15 @@ from metagen_jax.generative.dequantisation import (
     logit_transform,
     quantize,
 )
+from metagen_jax.generative.editing import flow_complete
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
 from metagen_jax.gradients import gradients
 from metagen_jax.types import Params, PRNGKey
 
 ALPHA = 0.05
 """Of the logit transform, as RealNVP has it."""
+
+COMPLETION_STEPS, COMPLETION_NOISE = 100, 0.1
 
 
 def flow(config: Config, shape: Shape) -> Model:
@@ -38,9 +42,12 @@ def flow(config: Config, shape: Shape) -> Model:
         noise = jax.random.uniform(key, image.shape)
         return logit_transform((image + noise) / num_levels, alpha=ALPHA)[0].reshape(flow_shape)
 
-    def to_grey(z: Array) -> Array:
+    def to_levels(z: Array) -> Array:
         y = inverse_logit_transform(z.reshape(shape), alpha=ALPHA)
-        return quantize(y, num_levels=num_levels) / (num_levels - 1)
+        return quantize(y, num_levels=num_levels)
+
+    def to_grey(z: Array) -> Array:
+        return to_levels(z) / (num_levels - 1)
 
     def log_prob_by(num_samples: int) -> LogProb:
         def log_prob(params: Params, image: Array, key: PRNGKey) -> Array:
@@ -62,6 +69,18 @@ def flow(config: Config, shape: Shape) -> Model:
         z = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, *ends)
         return to_grey(bijector.inverse(params, z, None)[0])
 
+    run_chain = flow_complete(
+        bijector,
+        noise=COMPLETION_NOISE,
+        num_steps=COMPLETION_STEPS,
+        num_warmup=COMPLETION_STEPS,
+    )
+
+    def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
+        noise_key, chain_key = jax.random.split(key)
+        x = run_chain(params, to_reals(noise_key, image), known.reshape(flow_shape), chain_key)
+        return jnp.where(known, image, to_levels(x).astype(image.dtype))
+
     def init(key: PRNGKey, batch: Array) -> Params:
         keys = jax.random.split(key, len(batch))
         return bijector.init(key, jax.vmap(to_reals)(keys, batch))
@@ -74,6 +93,8 @@ def flow(config: Config, shape: Shape) -> Model:
         kind=f"lower bound, {config.test_samples} samples of uniform dequantisation",
         sample=lambda params, key: to_grey(draw(key, params)),
         interpolate=interpolate,
+        # The inverse of the others takes a pass of the net for each value of an image.
+        complete=complete if images else None,
     )
 
 

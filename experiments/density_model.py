@@ -35,10 +35,13 @@ class Model(NamedTuple):
       kind: what `test_log_prob` is.
       reconstruct: `(params, image) -> grey values`; None if the model has no latents.
       interpolate: `(params, image, image, weight) -> grey values`, likewise.
+      latents: `(params, image) -> vector`, likewise.
+      decode_grey: `(params, vector) -> grey values`, likewise.
       complete: `(params, image, known, key) -> image`, drawn where `known` is false; None if the
         model can't.
       optimizer: moves the parameters; None is Adam.
       update_slow: moves what follows them; see `train_step`.
+      samples_are: what the grey values of `sample` are, where they are no draws.
       loss_label: what the learning curve shows.
     """
 
@@ -50,9 +53,12 @@ class Model(NamedTuple):
     kind: str
     reconstruct: Callable[[Params, Array], Array] | None = None
     interpolate: Callable[[Params, Array, Array, Array], Array] | None = None
+    latents: Callable[[Params, Array], Array] | None = None
+    decode_grey: Callable[[Params, Array], Array] | None = None
     complete: Complete | None = None
     optimizer: optax.GradientTransformation | None = None
     update_slow: Callable[[Params, Array, PRNGKey], Params] | None = None
+    samples_are: str = ""
     loss_label: str = "Negative log-likelihood, or its bound (nats an image)"
 
 

@@ -8,13 +8,14 @@ from experiments.density_flows import flow
 from experiments.density_gan import gan
 from experiments.density_matching import flow_matching
 from experiments.density_model import Model, Shape
-from experiments.density_vaes import gaussian_vae, ladder_vae
+from experiments.density_vaes import gaussian_vae, iaf_vae, ladder_vae
 
 MODELS: dict[ModelName, Callable[[Config, Shape], Model]] = {
     "vae": gaussian_vae,
     "conv_vae": gaussian_vae,
     "iwae": gaussian_vae,
     "ladder_vae": ladder_vae,
+    "iaf_vae": iaf_vae,
     "made": made,
     "pixelcnn": pixelcnn,
     "row_lstm": pixelrnn,

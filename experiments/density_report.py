@@ -16,10 +16,11 @@ from experiments.density_data import to_grey
 from experiments.density_model import Model
 from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.image_grids import plot_image_grid
+from metagen_jax.generative.editing import attribute_direction
 from metagen_jax.gradients import task_keys
 from metagen_jax.types import Params
 
-SAMPLE_SEED = 3
+SAMPLE_SEED, NUM_OF_ATTRIBUTE = 3, 1000
 _VALUES = {
     "static": "values 0 and 1, fixed",
     "dynamic": "values 0 and 1, drawn from the grey values",
@@ -56,8 +57,11 @@ def draw(config: Config, model: Model, params: Params, test: Array) -> None:
     keys = task_keys(jax.random.key(SAMPLE_SEED), 80)
     samples = jax.jit(jax.vmap(model.sample, in_axes=(None, 0)))(params, keys)
     shape = test.shape[1:]
+    means = f", {model.samples_are}" if model.samples_are else ""
     plot_image_grid(
-        np.asarray(samples).reshape(8, 10, *shape), folder / "samples.png", title=f"{what}: samples"
+        np.asarray(samples).reshape(8, 10, *shape),
+        folder / "samples.png",
+        title=f"{what}: samples{means}",
     )
     drawn = ["learning_curve.png", "samples.png"]
     if model.reconstruct is not None:
@@ -66,6 +70,9 @@ def draw(config: Config, model: Model, params: Params, test: Array) -> None:
     if model.interpolate is not None:
         _draw_interpolations(config, model.interpolate, params, test[:12], what)
         drawn.append("interpolations.png")
+    if model.latents is not None:
+        _draw_attribute(config, model, params, test, what)
+        drawn.append("attribute.png")
     print(f"pictures are in {folder}: {', '.join(drawn)}")
 
 
@@ -98,6 +105,27 @@ def _draw_interpolations(
         config.run_dir / "interpolations.png",
         title=f"{what}: from one test image to another, in latent space",
         note="first and last column: test images",
+    )
+
+
+def _draw_attribute(config: Config, model: Model, params: Params, test: Array, what: str) -> None:
+    """Test images with less and with more of what every image has some of: ink."""
+    latents, decode = model.latents, model.decode_grey
+    assert latents is not None
+    assert decode is not None
+    images = test[:NUM_OF_ATTRIBUTE]
+    of_images = jax.jit(jax.vmap(latents, in_axes=(None, 0)))(params, images)
+    ink = np.asarray(to_grey(config, images)).mean((1, 2, 3))
+    direction = attribute_direction(of_images, ink > np.median(ink))
+    shares = jnp.linspace(-1.5, 1.5, 7)
+    moved = of_images[:6, None] + shares[:, None] * direction
+    made = jax.jit(jax.vmap(jax.vmap(decode, (None, 0)), (None, 0)))(params, moved)
+    before = np.asarray(to_grey(config, images[:6]))[:, None]
+    plot_image_grid(
+        np.concatenate([before, np.asarray(made)], axis=1),
+        config.run_dir / "attribute.png",
+        title=f"{what}: less and more ink, by latent arithmetic",
+        note="first: test images; then -1.5 to 1.5 times the difference of mean latents",
     )
 
 

@@ -51,6 +51,10 @@ def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_image(name, valu
         weight = jax.ShapeDtypeStruct((), jnp.float32)
         between = jax.eval_shape(model.interpolate, params, image, image, weight)
         assert between.shape == SHAPE
+    if model.latents is not None and model.decode_grey is not None:
+        vector = jax.eval_shape(model.latents, params, image)
+        assert vector.shape == (3,)
+        assert jax.eval_shape(model.decode_grey, params, vector).shape == SHAPE
     if model.complete is not None:
         known = jax.ShapeDtypeStruct(SHAPE, jnp.bool)
         completed = jax.eval_shape(model.complete, params, image, known, KEY)
@@ -102,6 +106,9 @@ def test_values_are_ink_high_and_binary_ones_drawn_in_proportion():
         ({"rate": 0.0}, r"rate is 0\.0; give more than 0"),
         ({"hidden_sizes": (3, 0)}, r"hidden_sizes is \(3, 0\)"),
         ({"dataset": "binarized_mnist"}, "give --values static"),
+        ({"epsilon": -1.0}, r"epsilon is -1\.0; give 0 or more"),
+        ({"weight_decay": -1.0}, r"weight_decay is -1\.0; give 0 or more"),
+        ({"model": "iaf_vae", "doubly_reparameterized": True}, "and model is iaf_vae"),
         ({"quality": True}, "dataset is glyphs; give --no-quality"),
     ],
 )
