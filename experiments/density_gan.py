@@ -47,9 +47,12 @@ def gan(config: Config, shape: Shape) -> Model:
         params = generator.init(first, jnp.zeros((1, config.num_latents)))
         return GANParams(params, discriminator.init(second, to_floats(config, images[:1])), params)
 
+    # A short run would else end with an average of what it began with: noise.
+    average_rate = min(max(AVERAGE_RATE, 10 / config.steps), 1.0)
+
     def update_slow(params: GANParams, batch: Array, key: PRNGKey) -> GANParams:
         del batch, key
-        average = optax.incremental_update(params.generator, params.average, AVERAGE_RATE)
+        average = optax.incremental_update(params.generator, params.average, average_rate)
         return params._replace(average=average)
 
     def sample(params: GANParams, key: PRNGKey) -> Array:
