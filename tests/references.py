@@ -150,3 +150,26 @@ def rational_quadratic_spline(x, widths, heights, slopes, bound):
     t = (x - xs[k]) / (xs[k + 1] - xs[k])
     above = (ys[k + 1] - ys[k]) * (s * t**2 + ds[k] * t * (1 - t))
     return ys[k] + above / (s + (ds[k + 1] + ds[k] - 2 * s) * t * (1 - t))
+
+
+def cosines(z):
+    """All cosines of rows, one pair at a time; 0 with a row of zeros."""
+    norms = [np.sqrt((row * row).sum()) or 1.0 for row in np.asarray(z, np.float64)]
+    return np.array(
+        [
+            [(a * b).sum() / (p * q) for b, q in zip(z, norms, strict=True)]
+            for a, p in zip(z, norms, strict=True)
+        ]
+    )
+
+
+def supervised_contrastive(z, labels, temperature):
+    """Khosla et al. 2020, equation 2, one embedding and one positive at a time."""
+    scores = cosines(z) / temperature
+    losses = []
+    for i in range(len(z)):
+        others = [k for k in range(len(z)) if k != i]
+        positives = [p for p in others if labels[p] == labels[i]]
+        normalizer = np.logaddexp.reduce([scores[i, k] for k in others]) if others else 0
+        losses.append(np.mean([normalizer - scores[i, p] for p in positives]) if positives else 0.0)
+    return np.array(losses)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PyTree
 
 from metagen_jax.errors import UserError
+from metagen_jax.similarity import unit_rows
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.types import Batch, Episode, LossFn, Metrics, Params, PredictFn, PRNGKey
 
@@ -303,14 +304,5 @@ def _similarities(
         # Expanded to |a|^2 - 2 a . b + |b|^2 it would cancel far from the origin.
         return -jnp.square(a[:, None] - b).sum(-1)
     if distance == "cosine":
-        return jnp.matmul(_unit_rows(a), _unit_rows(b).T, precision="highest")
+        return jnp.matmul(unit_rows(a), unit_rows(b).T, precision="highest")
     raise UserError(f'distance is {distance!r}; give "squared_euclidean" or "cosine"')
-
-
-def _unit_rows(x: Float[Array, "n features"]) -> Float[Array, "n features"]:
-    """Rows of length 1; a row of zeros stays as it is, with a finite derivative."""
-    # The direction does not depend on the scale, by which squares would overflow or vanish.
-    scale = jax.lax.stop_gradient(jnp.abs(x).max(-1, keepdims=True))
-    x = x / jnp.where(scale > 0, scale, 1)
-    squares = jnp.square(x).sum(-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1))
