@@ -9,8 +9,22 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+import scipy.ndimage
+from PIL import Image
 
-from metagen_jax.data.augment import affine, drop_pixels, random_affine
+from metagen_jax.data.augment import (
+    affine,
+    blur,
+    cutout,
+    drop_pixels,
+    elastic,
+    random_affine,
+    random_blur,
+    random_flip,
+    random_resized_crop,
+    resized_crop,
+)
+from metagen_jax.errors import UserError
 
 KEY = jax.random.key(0)
 AMOUNTS = {
@@ -160,6 +174,10 @@ def test_pixels_are_dropped_at_their_rate_with_all_channels():
     [
         functools.partial(random_affine, **AMOUNTS),
         functools.partial(drop_pixels, rate=0.5, background=0.5),
+        random_resized_crop,
+        functools.partial(cutout, size=3, background=0.5),
+        functools.partial(elastic, displacement=1.0, smoothness=2.0),
+        functools.partial(random_blur, probability=0.9),
     ],
 )
 def test_jit_and_vmap_give_the_same(augment):
@@ -169,3 +187,124 @@ def test_jit_and_vmap_give_the_same(augment):
     chex.assert_trees_all_close(jax.vmap(augment)(keys, images), one_by_one, atol=1e-5)
     chex.assert_trees_all_close(jax.jit(augment)(keys[0], images[0]), one_by_one[0], atol=1e-5)
     assert np.abs(one_by_one[0] - augment(keys[1], images[0])).max() > 0.1
+
+
+def coordinates(height, width):
+    """A picture whose channels are the row and the column of a pixel."""
+    grid = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    return jnp.asarray(np.stack(grid, -1), jnp.float32)
+
+
+def test_a_resized_crop_equals_pillows():
+    image = picture(9, 12)
+    for corner, sides in (((0.0, 0.0), (9.0, 12.0)), ((1.25, 2.5), (4.5, 7.0))):
+        top, left = corner
+        box = (left, top, left + sides[1], top + sides[0])
+        expected = [
+            Image.fromarray(image[..., c]).resize((12, 9), Image.Resampling.BILINEAR, box=box)
+            for c in range(2)
+        ]
+        actual = resized_crop(jnp.asarray(image), corner=corner, sides=sides)
+        np.testing.assert_allclose(actual, np.stack(expected, -1), atol=1e-5)
+    whole = resized_crop(jnp.asarray(image), corner=(0.0, 0.0), sides=(9.0, 12.0))
+    np.testing.assert_allclose(whole, image, atol=1e-6)
+
+
+def test_boxes_have_sizes_shapes_and_places_within_their_limits():
+    """The box is read off the middle of pictures of coordinates, where nothing is cut."""
+    height, width = 40, 60
+    crop = functools.partial(random_resized_crop, min_area=0.2)
+    images = jax.jit(jax.vmap(crop, in_axes=(0, None)))(
+        jax.random.split(KEY, 800), coordinates(height, width)
+    )
+    middle = np.asarray(images[:, 20, 30]), np.asarray(images[:, 21, 31])
+    sides = (middle[1] - middle[0]) * [height, width]
+    corners = middle[0] + 0.5 - np.array([20.5, 30.5]) / [height, width] * sides
+    shares = sides / [height, width]
+    assert (corners > -0.01).all()
+    assert (corners + sides < [height + 0.01, width + 0.01]).all()
+    inside = (shares < 0.999).all(1)
+    area, aspect = shares.prod(1), np.log(shares[:, 0] / shares[:, 1])
+    assert area.min() > 0.2 - 1e-3
+    assert area.min() < 0.21
+    assert area[inside].max() > 0.9
+    assert np.abs(aspect).max() < np.log(4 / 3) + 1e-3
+    for limit in (aspect.max(), -aspect.min()):
+        assert limit > 0.95 * np.log(4 / 3)
+    small = inside & (area < 0.5)  # Of which none is cut: uniform in [0.2, 0.5].
+    assert abs(area[small].mean() - 0.35) < 4 * 0.3 / np.sqrt(12 * small.sum())
+    assert abs(small.mean() - 0.3 / 0.8) < 4 * np.sqrt(0.25 / 800)
+    place = (corners / np.maximum([height, width] - sides, 1e-3))[inside]
+    assert np.abs(place.mean(0) - 0.5).max() < 4 / np.sqrt(12 * inside.sum())
+    with pytest.raises(UserError, match="min_area is 0"):
+        random_resized_crop(KEY, coordinates(4, 4), min_area=0)
+
+
+def test_every_second_picture_is_flipped():
+    image = jnp.asarray(picture())
+    flipped = np.asarray(
+        jax.vmap(random_flip, in_axes=(0, None))(jax.random.split(KEY, 400), image)
+    )
+    is_flipped = (flipped == np.asarray(image)[:, ::-1]).all((1, 2, 3))
+    assert (is_flipped | (flipped == np.asarray(image)).all((1, 2, 3))).all()
+    assert abs(is_flipped.mean() - 0.5) < 4 * 0.5 / 20
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_cutout_covers_a_square_around_any_pixel(size):
+    image = jnp.full((6, 8, 2), 200, jnp.uint8)
+    covered = functools.partial(cutout, size=size, background=255.0)
+    results = np.asarray(jax.vmap(covered, in_axes=(0, None))(jax.random.split(KEY, 2000), image))
+    assert results.dtype == np.uint8
+    np.testing.assert_array_equal(results[..., 0], results[..., 1])
+    masks = results[..., 0] == 255
+    expected = set()
+    for y, x in np.ndindex(6, 8):
+        mask = np.zeros((6, 8), bool)
+        top, left = y - size // 2, x - size // 2
+        mask[max(top, 0) : top + size, max(left, 0) : left + size] = True
+        expected.add(mask.tobytes())
+    counts = [sum(m.tobytes() == e for m in masks) for e in expected]
+    assert len(expected) == 48
+    assert sum(counts) == 2000
+    assert np.abs(np.array(counts) - 2000 / 48).max() < 4.5 * np.sqrt(2000 / 48)
+
+
+def test_elastic_moves_are_as_large_and_as_smooth_as_asked():
+    moved = functools.partial(elastic, displacement=1.5, smoothness=3.0)
+    start = coordinates(40, 40)
+    results = jax.jit(jax.vmap(moved, in_axes=(0, None)))(jax.random.split(KEY, 100), start)
+    moves = np.asarray(results - start)[:, 12:28, 12:28]
+    assert abs(moves.std() - 1.5) < 0.1
+    neighbours = (moves[:, 1:] * moves[:, :-1]).mean() / np.square(moves).mean()
+    # White noise smoothed by a Gaussian correlates as a Gaussian of twice the variance.
+    assert abs(neighbours - np.exp(-1 / (4 * 3.0**2))) < 0.005
+    assert abs((moves[..., 0] * moves[..., 1]).mean()) < 0.2
+    np.testing.assert_allclose(
+        elastic(KEY, start, displacement=0.0, smoothness=3.0), start, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.8, 5.0])
+def test_blur_equals_scipys_cut_at_the_edges(sigma):
+    image = picture()
+
+    def smooth(x):
+        sigmas = (sigma, sigma, 0)
+        return scipy.ndimage.gaussian_filter(x, sigmas, mode="constant", truncate=20)
+
+    # SciPy divides by the sum of an untruncated window: the weights that are outside are missing.
+    expected = smooth(image.astype(np.float64)) / smooth(np.ones_like(image, np.float64))
+    np.testing.assert_allclose(blur(jnp.asarray(image), sigma=sigma), expected, atol=1e-5)
+
+
+def test_pictures_are_blurred_with_their_probability():
+    image = (255 * picture()).astype(np.uint8)
+    for probability in (0.0, 0.3, 1.0):
+        results = jax.vmap(
+            functools.partial(random_blur, min_sigma=1.0, probability=probability),
+            in_axes=(0, None),
+        )(jax.random.split(KEY, 300), jnp.asarray(image))
+        assert results.dtype == jnp.uint8
+        changed = (np.asarray(results) != image).any((1, 2, 3)).mean()
+        assert abs(changed - probability) <= 4 * np.sqrt(probability * (1 - probability) / 300)
