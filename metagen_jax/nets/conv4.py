@@ -44,6 +44,30 @@ class BatchNorm(nn.Module):
         return (x - mean) * (scale * jax.lax.rsqrt(variance + self.epsilon)) + bias
 
 
+def normalise(
+    x: Float[Array, "n *positions c"], norm: Norm, *, num_reference: int | None, name: str
+) -> Float[Array, "n *positions c"]:
+    """A layer of the net that calls this: as `Conv4.norm` says, by parameters of that name."""
+    if norm == "batch":
+        return BatchNorm(name=name)(x, num_reference)
+    if norm == "group":
+        return nn.GroupNorm(num_groups=NUM_GROUPS, name=name)(x)
+    if norm == "layer":
+        return nn.LayerNorm(reduction_axes=tuple(range(1, x.ndim)), name=name)(x)
+    return x
+
+
+def check_norm(norm: str, num_filters: int) -> None:
+    """Raises a UserError for an unknown norm, or filters that its groups don't divide."""
+    if norm not in get_args(Norm):
+        raise UserError(f'norm is {norm!r}; give "batch", "group", "layer" or "none"')
+    if norm == "group" and num_filters % NUM_GROUPS:
+        raise UserError(
+            f"{num_filters} filters can't be split into {NUM_GROUPS} groups; give a multiple of "
+            f"{NUM_GROUPS}"
+        )
+
+
 class Conv4(nn.Module):
     """Four blocks of 3x3 convolution, normalisation and ReLU, then a linear head.
 
@@ -94,7 +118,7 @@ class Conv4(nn.Module):
         for block in range(4):
             strides = (2, 2) if self.strided else (1, 1)
             x = Conv(self.num_filters, strides=strides, name=f"conv{block}")(x)
-            x = self._normalise(x, num_reference, block)
+            x = normalise(x, self.norm, num_reference=num_reference, name=f"norm{block}")
             if not self.strided:
                 x = max_pool_2x2(x)
             if context is not None and block == _MODULATED_BLOCK:
@@ -108,25 +132,9 @@ class Conv4(nn.Module):
         return nn.Dense(self.num_outputs, name="head")(x)
 
     def _check(self, height: int, width: int) -> None:
-        if self.norm not in get_args(Norm):
-            raise UserError(f'norm is {self.norm!r}; give "batch", "group", "layer" or "none"')
+        check_norm(self.norm, self.num_filters)
         if not self.strided and min(height, width) < 16:
             raise UserError(
                 f"images have {height}x{width} pixels; four max-pools need at least 16 a side, or "
                 "give strided=True"
             )
-        if self.norm == "group" and self.num_filters % NUM_GROUPS:
-            raise UserError(
-                f"{self.num_filters} filters can't be split into {NUM_GROUPS} groups; give a "
-                f"multiple of {NUM_GROUPS}"
-            )
-
-    def _normalise(self, x, num_reference: int | None, block: int):
-        name = f"norm{block}"
-        if self.norm == "batch":
-            return BatchNorm(name=name)(x, num_reference)
-        if self.norm == "group":
-            return nn.GroupNorm(num_groups=NUM_GROUPS, name=name)(x)
-        if self.norm == "layer":
-            return nn.LayerNorm(reduction_axes=(1, 2, 3), name=name)(x)
-        return x
