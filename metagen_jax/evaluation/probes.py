@@ -130,8 +130,9 @@ def fit_logistic(
         updates, state = optimizer.update(
             gradient, state, classifier, value=value, grad=gradient, value_fn=objective
         )
-        # Of the step before, and so never too small.
-        return step + 1, optax.apply_updates(classifier, updates), state, optax.tree.norm(gradient)
+        classifier: Any = optax.apply_updates(classifier, updates)
+        # The norm is that before this step: it never stops too early.
+        return step + 1, classifier, state, optax.tree.norm(gradient)
 
     zeros = LinearClassifier(
         jnp.zeros((features.shape[1], num_classes), features.dtype),
@@ -186,8 +187,8 @@ def linear_probe(
         weights, bias = fit(standard, jnp.asarray(train[1]), penalty)
         weights = weights * scale[:, None]
         classifier = LinearClassifier(weights, bias - mean @ weights)
-        scores = [float((classifier(x).argmax(1) == y).mean()) for x, y in (test, val)]
-        probes.append(Probe(*scores, penalty, classifier))
+        accuracy, of_val = (float((classifier(x).argmax(1) == y).mean()) for x, y in (test, val))
+        probes.append(Probe(accuracy, of_val, penalty, classifier))
     return max(probes, key=lambda probe: probe.validation_accuracy)
 
 
