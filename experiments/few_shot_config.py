@@ -47,7 +47,7 @@ class Config:
 
     labels: Literal["true", "umtra", "cactus"] = "true"
     """Of training: those of the data, or none; then "umtra" takes each picture for a class, and
-    "cactus" the clusters of an autoencoder. Validation and test always have labels."""
+    "cactus" clusters of features by SimCLR. Validation and test always have labels."""
     learner: LearnerName = "maml"
     """What meta-trains; it brings settings of its own, over which the flags win."""
     num_ways: int = 5
@@ -101,7 +101,7 @@ class Config:
     num_validation_tasks: int = 300
     """Episodes of a validation."""
     pretraining_steps: int = 1600
-    """Steps of 128 images, of the pretrained baseline and of the autoencoder behind "cactus"."""
+    """Steps of 128 images, of the pretrained baseline and of the features behind "cactus"."""
     baselines: bool = True
     """Pretrain and fine-tune too; that is the same for every learner."""
 

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Num, PyTree
+from jaxtyping import Array, Float, Num, PyTree
 
 from experiments.decoding import decoding
 from experiments.few_shot_config import Config
@@ -26,16 +26,17 @@ from metagen_jax.data.sources import load_images
 from metagen_jax.data.unsupervised import (
     cluster_classes,
     sample_cluster_episode,
+    turned_clusters,
     umtra_episode,
     whiten,
 )
 from metagen_jax.errors import UserError
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.gradients import gradients
-from metagen_jax.nets.autoencoder import Autoencoder
-from metagen_jax.supervised import squared_error_loss
+from metagen_jax.nets.conv4 import Conv4
+from metagen_jax.self_supervised.simclr import Augment, simclr_loss
 from metagen_jax.training import fit, init_state, train_step
-from metagen_jax.types import Episode, PRNGKey
+from metagen_jax.types import Episode, Params, PRNGKey
 
 # Of CACTUs: partitions and clusters of the embedding, and images embedded at once.
 NUM_PARTITIONS, NUM_CLUSTERS, BLOCK = 10, 500, 1000
@@ -122,8 +123,8 @@ def sampler(config: Config, num_queries: int) -> Sample:
 def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
     """What training draws from, and `sample(key, that) -> Episode`.
 
-    Without labels, by UMTRA or CACTUs, every quarter turn of an image is an image too, as with
-    labels every turned class is a class.
+    Without labels a quarter turn of every image (UMTRA) or of every cluster of images (CACTUs) is
+    one more, as with labels every turned class is a class.
     """
     train = replace(
         config,
@@ -132,26 +133,17 @@ def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
     )
     if config.labels == "true":
         return data, sampler(train, config.num_queries)
-    turns = [jnp.rot90(data.examples, k, (1, 2)) for k in range(config.rotations)]
-    images = jnp.concatenate(turns)
     if config.labels == "umtra":
-        background = 255.0 if images.shape[-1] == 1 else 0.0
-        augment = functools.partial(
-            random_affine,
-            max_rotation=0.35,
-            max_shear=0.35,
-            max_log_scale=0.25,
-            max_shift=0.12 * config.image_size,
-            background=background,
-        )
-        return images, _normalised(
+        turns = [jnp.rot90(data.examples, k, (1, 2)) for k in range(config.rotations)]
+        return jnp.concatenate(turns), _normalised(
             functools.partial(
                 umtra_episode,
                 num_ways=train.num_ways,
                 num_queries=config.num_queries,
-                augment=augment,
+                augment=augmentation(data.examples),
             )
         )
+    images = data.examples
     num_clusters = min(NUM_CLUSTERS, len(images) // 20)
     if num_clusters < train.num_ways:
         raise UserError(
@@ -166,7 +158,7 @@ def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
         num_clusters=num_clusters,
         min_size=train.num_shots + config.num_queries,
     )
-    return clusters, _normalised(
+    return turned_clusters(clusters, config.rotations), _normalised(
         functools.partial(
             sample_cluster_episode,
             num_ways=train.num_ways,
@@ -176,29 +168,47 @@ def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
     )
 
 
-def embed(config: Config, images: Num[Array, "n h w c"]) -> Array:
-    """Embeddings of images by an autoencoder, which is trained on them first."""
-    _, height, width, channels = images.shape
-    net = Autoencoder((height, width, channels))
+def augmentation(images: Num[Array, "n h w c"]) -> Augment:
+    """Turns, shears, scales and shifts an image like these, in bytes."""
+    _, height, _, channels = images.shape
+    return functools.partial(
+        random_affine,
+        max_rotation=0.35,
+        max_shear=0.35,
+        max_log_scale=0.25,
+        max_shift=0.12 * height,
+        background=255.0 if channels == 1 else 0.0,
+    )
 
-    def sample(key: PRNGKey, data: ClassData) -> tuple[Array, Array]:
-        batch, _ = sample_batch(key, data, batch_size=128)
-        return normalise(batch), normalise(batch)
 
-    print("training an autoencoder, whose clusters of images stand for classes")
+def embed(config: Config, images: Num[Array, "n h w c"]) -> Float[Array, "n features"]:
+    """Features of images that a net finds by telling views of one from views of others."""
+    net = Conv4(None, config.num_filters)
+
+    def features(params: Params, images: Num[Array, "n h w c"]) -> Array:
+        return net.apply(params, normalise(images))  # pyright: ignore[reportReturnType]
+
+    def sample(key: PRNGKey, data: ClassData) -> Array:
+        return sample_batch(key, data, batch_size=128)[0]
+
+    print("training by SimCLR a net, whose clusters of images stand for classes")
+    grad_fn = gradients(simclr_loss(features, augmentation(images), temperature=0.2))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, config.pretraining_steps))
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = fit(
-        train_step(gradients(squared_error_loss(net.apply)), optimizer, sample),
+        train_step(grad_fn, optimizer, sample),
         init_state(net.init(init_key, normalise(images[:1])), optimizer, train_key),
         ClassData(images, jnp.zeros(1, jnp.int32), jnp.array([len(images)])),
         num_steps=config.pretraining_steps,
-        run_dir=config.run_dir / "autoencoder",
+        run_dir=config.run_dir / "simclr",
         resume=config.resume,
     ).best_params
-    encode = jax.jit(lambda block: net.apply(params, normalise(block), method="encode"))
-    blocks = [encode(images[start : start + BLOCK]) for start in range(0, len(images), BLOCK)]
-    return jnp.concatenate(blocks)
+    # Batch norm goes by a block, which should be of all classes.
+    order = jax.random.permutation(jax.random.key(config.seed), len(images))
+    of_block = jax.jit(features)
+    starts = range(0, len(images), BLOCK)
+    blocks = [of_block(params, images[order[start : start + BLOCK]]) for start in starts]
+    return jnp.concatenate(blocks)[jnp.argsort(order)]
 
 
 def _normalised(sample: Callable[[PRNGKey, PyTree], Episode]) -> Sample:

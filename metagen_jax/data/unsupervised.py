@@ -204,6 +204,23 @@ def cluster_classes(
     )
 
 
+def turned_clusters(data: ClusterData, num_rotations: int) -> ClusterData:
+    """Every cluster turned by quarters as well, each turn a cluster of its own.
+
+    Args:
+      data: clusters of images `(n, size, size, ...)`.
+      num_rotations: 1 to 4; 1 leaves them as they are.
+    """
+    turns = range(num_rotations)
+    num_images, num_members = len(data.images), len(data.members)
+    return ClusterData(
+        images=jnp.concatenate([jnp.rot90(data.images, turn, (1, 2)) for turn in turns]),
+        members=jnp.concatenate([data.members + turn * num_images for turn in turns]),
+        starts=jnp.concatenate([data.starts + turn * num_members for turn in turns], axis=1),
+        sizes=jnp.tile(data.sizes, (1, num_rotations)),
+    )
+
+
 def whiten(embeddings: Float[Array, "n d"], *, epsilon: float = 1e-5) -> Float[Array, "n d"]:
     """Embeddings with mean zero and, up to `epsilon`, covariance one, in principal directions.
 

@@ -224,6 +224,24 @@ def test_cluster_episodes_have_disjoint_pictures_of_distinct_clusters(clusters):
         assert sorted(next(iter(blob)) for blob in blobs_of_classes) == [0, 1, 2]
 
 
+def test_a_turned_cluster_is_one_cluster_more_of_pictures_turned_alike():
+    images = jnp.arange(6 * 9).reshape(6, 3, 3, 1)
+    data = unsupervised.ClusterData(
+        images,
+        members=jnp.array([4, 0, 2, 1, 3, 5]),
+        starts=jnp.array([[0, 3]]),
+        sizes=jnp.array([[3, 2]]),
+    )
+    turned = unsupervised.turned_clusters(data, 4)
+    np.testing.assert_array_equal(turned.sizes, [[3, 2] * 4])
+    classes = partition_classes(turned, 0)
+    for number, (start, size) in enumerate(zip(classes.starts, classes.sizes, strict=True)):
+        turns, cluster = divmod(number, 2)
+        expected = np.rot90(images[np.array([[4, 0, 2], [1, 3]][cluster])], turns, (1, 2))
+        members = np.asarray(classes.examples[start : start + size])
+        np.testing.assert_array_equal(np.asarray(turned.images)[members], expected)
+
+
 def test_all_partitions_are_drawn_from_and_none_mixed():
     """Two partitions of the same 12 numbers, into columns or rows: no episode has parts of both."""
     grid = jnp.arange(12).reshape(3, 4)
