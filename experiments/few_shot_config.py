@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from experiments import program
+from metagen_jax.chunks import Chunk, check_chunk
 from metagen_jax.meta.metric import Distance
 from metagen_jax.nets.conv4 import Norm
 
@@ -93,9 +94,9 @@ class Config:
     """The outer optimiser; SGD for Reptile."""
     cosine: bool = True
     """Warm the outer rate up and let it decay along a cosine; otherwise keep it."""
-    chunk: int = 1
-    """Tasks that a device works on at once; 1 is fastest on a CPU, and for maml_plus_plus, of whose
-    three kinds of gradient a larger chunk computes all at each step."""
+    chunk: Chunk = "auto"
+    """Tasks that a device works on at once, or "auto". Of maml_plus_plus' three kinds of gradient a
+    chunk of more than 1 computes all at each step."""
     validate_every: int = 200
     """Outer steps between validations."""
     num_validation_tasks: int = 300
@@ -277,7 +278,6 @@ _COUNTS = (
     "num_context",
     "num_filters",
     "num_tasks",
-    "chunk",
     "validate_every",
     "pretraining_steps",
     "test_steps",
@@ -304,6 +304,7 @@ def check_checkpoint(checkpoint: Path, config: Config) -> None:
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that would fail only after training, or without sense."""
+    check_chunk(config.chunk)
     least = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(("num_ways", "steps"), 2)
     given = {name: getattr(config, name) for name in least}
     program.require(

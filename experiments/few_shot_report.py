@@ -12,6 +12,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from metagen_jax.chunks import Chunk
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.evaluation import baselines, plots
 from metagen_jax.evaluation.estimates import Estimate, percent
@@ -76,7 +77,7 @@ def report(
     what: str,
     num_ways: int,
     num_tasks: int,
-    chunk: int,
+    chunk: Chunk,
     devices: Sequence[jax.Device],
     run_dir: Path,
 ) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _test(
     test_data: ClassData,
     num_ways: int,
     num_tasks: int,
-    chunk: int,
+    chunk: Chunk,
     devices: Sequence[jax.Device],
 ) -> Tested:
     """Tests a learner and the baselines, each with the steps that suit it on validation classes."""

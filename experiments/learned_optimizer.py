@@ -36,6 +36,7 @@ from experiments.learned_optimizer_tasks import (
     sample_task,
     task_data,
 )
+from metagen_jax.chunks import Chunk, check_chunk
 from metagen_jax.data.classes import ClassSplit
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.data.sources import load_images
@@ -106,8 +107,8 @@ class Config:
     """Fixes initialisation and training tasks; test tasks are the same for every seed."""
     num_devices: int | None = None
     """Devices to use; by default as many of all as divide the tasks of a kind."""
-    chunk: int = 1
-    """Inner runs that a device takes forward at once."""
+    chunk: Chunk = "auto"
+    """Inner runs that a device takes forward at once, or "auto"."""
     run_dir: Path = Path("runs/learned_optimizer")
     """Where everything of the run is written."""
     resume: bool = False
@@ -259,7 +260,8 @@ def train(
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that would fail later, or without sense."""
-    counts = ("horizon", "unroll_steps", "steps", "num_tasks", "chunk")
+    counts = ("horizon", "unroll_steps", "steps", "num_tasks")
+    check_chunk(config.chunk)
     program.require(
         *(
             (getattr(config, name) >= 1, f"{name} is {getattr(config, name)}; give 1 or more")

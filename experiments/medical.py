@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from experiments import few_shot_config, few_shot_learners, program
 from experiments.medical_report import Row, draw, show_tables
+from metagen_jax.chunks import Chunk, check_chunk
 from metagen_jax.data.classes import LabelledImages
 from metagen_jax.data.episodes import ClassData, check_episodes, group_by_class, sample_episode
 from metagen_jax.data.sources import load_images
@@ -74,8 +75,8 @@ class Config:
     """Episodes of the validation split, by which rate and number of steps are chosen."""
     num_test_tasks: int = 1000
     """Episodes of the test split."""
-    chunk: int = 1
-    """Tasks that a device works on at once; 1 is fastest on a CPU."""
+    chunk: Chunk = "auto"
+    """Tasks that a device works on at once, or "auto"."""
 
     seed: int = 0
     """Fixes the random net; tasks are the same for every seed."""
@@ -111,6 +112,7 @@ class Pretrained(NamedTuple):
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that can't work."""
+    check_chunk(config.chunk)
     program.require(
         (
             min(config.shots, default=0) >= 1,

@@ -9,6 +9,7 @@ from jax import core
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Key, PyTree
 
+from metagen_jax.chunks import Chunk, check_chunk, choose_chunk
 from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, GradFn, LossFn, Metrics, Params, PRNGKey
 
@@ -125,30 +126,39 @@ def task_keys(key: PRNGKey, num_tasks: int) -> Key[Array, " tasks"]:
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_tasks))
 
 
-def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
+def mean_over_tasks(grad_fn: GradFn, *, chunk: Chunk | None = "auto") -> GradFn:
     """The mean of a per-task gradient, and of its metrics, over the leading axis of the batch.
 
     `g(params, batch, key) = 1/T sum_t grad_fn(params, batch[t], fold_in(key, t))`
 
     Tasks are vmapped within a chunk and chunks follow one another in a scan that carries the sum
     of gradients, so that memory grows with `chunk` and not with the number of tasks. The result is
-    the same for every `chunk` up to the order of summation. On a CPU small chunks are fastest,
-    on accelerators the largest that fits. A chunk of one task is not vmapped: of a `lax.cond` in
-    `grad_fn` only the branch that is taken costs time.
+    the same for every `chunk` up to the order of summation.
+
+    "auto" chooses when it is traced. On a CPU a chunk has as many tasks as have parameters and
+    examples of 128 KiB together, at least one: beyond a core's cache it is slower (a convolutional
+    net goes one task at a time, a small MLP twenty). On an accelerator it has the most tasks whose
+    temporaries, by the compiler's `memory_analysis`, fit in three quarters of the memory of the
+    device beside what is there already; to this end a few chunks are compiled by themselves. See
+    `metagen_jax.chunks.choose_chunk`.
+
+    A chunk of one task is not vmapped: of a `lax.cond` in `grad_fn` only the branch that is taken
+    costs time.
 
     Args:
       grad_fn: `(params, task, key) -> (direction, metrics)` for one task.
-      chunk: how many tasks at once; None takes all. Need not divide the number of tasks.
+      chunk: how many tasks at once, which need not divide their number; "auto" leaves the choice to
+        the rule above; None takes all.
 
     Returns:
       A `GradFn` over a batch of `T` tasks. Its key may be one key, or `T` keys, one for each task.
 
     Raises:
       UserError: if `chunk` is not positive, the leaves of the batch differ in leading axis, or
-        there are several keys but not one for each task.
+        there are several keys but not one for each task; with "auto" on an accelerator, if
+        `grad_fn` uses collectives.
     """
-    if chunk is not None and chunk < 1:
-        raise UserError(f"chunk is {chunk}; give a positive number of tasks, or None for all")
+    check_chunk(chunk, none=", or None for all")
 
     def mean_grad_fn(
         params: Params, batch: Batch, key: Key[Array, "..."]
@@ -162,7 +172,7 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
             )
         at_once = jax.vmap(grad_fn, in_axes=(None, 0, 0))
 
-        def sum_over(tasks):
+        def sum_over(params, tasks):
             if len(tasks[1]) == 1:
                 one = grad_fn(params, *jax.tree.map(lambda x: x[0], tasks))
                 results = jax.tree.map(lambda x: jnp.asarray(x)[None], one)
@@ -171,8 +181,12 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: int | None = None) -> GradFn:
             return jax.tree.map(lambda x: x.sum(axis=0), results)
 
         tasks = (batch, keys)
-        size = num_tasks if chunk is None else min(chunk, num_tasks)
-        total = _scan_sum(sum_over, tasks, size) if size < num_tasks else sum_over(tasks)
+        if chunk == "auto":
+            size = choose_chunk(sum_over, params, tasks)
+        else:
+            size = num_tasks if chunk is None else min(chunk, num_tasks)
+        sum_of = functools.partial(sum_over, params)
+        total = _scan_sum(sum_of, tasks, size) if size < num_tasks else sum_of(tasks)
         return jax.tree.map(lambda x: x / num_tasks, total)
 
     return mean_grad_fn

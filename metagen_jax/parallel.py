@@ -1,6 +1,6 @@
 """Parallelism over tasks: the only file that knows devices.
 
-    grad_fn = data_parallel(mean_over_tasks(gradients(maml_loss(...)), chunk=1))
+    grad_fn = data_parallel(mean_over_tasks(gradients(maml_loss(...))))
     step = train_step(grad_fn, optimizer, sample)
     state, data = replicate((init_state(params, optimizer, key), data))
 
@@ -29,6 +29,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from metagen_jax.chunks import Chunk, check_chunk, choose_chunk
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import count_tasks, task_keys
 from metagen_jax.types import Batch, GradFn, Metrics, Params
@@ -97,7 +98,7 @@ def map_over_tasks(
     task_fn: Callable[[PyTree, PyTree], PyTree],
     *,
     devices: Devices | None = None,
-    chunk: int = 1,
+    chunk: Chunk = 1,
     axis_name: str = "tasks",
 ) -> Callable[[PyTree, PyTree], PyTree]:
     """A function of one task, for many tasks spread over devices, without communication.
@@ -107,7 +108,7 @@ def map_over_tasks(
     Args:
       task_fn: `(shared, task) -> result`, pytrees of arrays.
       devices: as in `data_parallel`, but only of this host.
-      chunk: how many tasks a device works on at once.
+      chunk: how many tasks a device works on at once; "auto" as in `mean_over_tasks`.
       axis_name: what the axis of devices is called.
 
     Returns:
@@ -117,13 +118,14 @@ def map_over_tasks(
     Raises:
       UserError: if `chunk` is not positive or there are no devices.
     """
-    if chunk < 1:
-        raise UserError(f"chunk is {chunk}; give a positive number of tasks")
+    check_chunk(chunk)
     devices = _list_devices(jax.local_devices() if devices is None else devices)
 
     def on_each_device(shared: PyTree, tasks: PyTree) -> PyTree:
+        at_once = jax.vmap(task_fn, in_axes=(None, 0))
+        size = choose_chunk(at_once, shared, tasks) if chunk == "auto" else chunk
         # A batch of one would still turn every product into a batched one.
-        batch_size = chunk if chunk > 1 else None
+        batch_size = size if size > 1 else None
         return jax.lax.map(functools.partial(task_fn, shared), tasks, batch_size=batch_size)
 
     mapped = jax.shard_map(

@@ -123,7 +123,7 @@ def loop():
         return jax.tree.map(lambda *xs: sum(xs) / NUM_TASKS, *results)
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 2, 3, 4, 7, 100])
+@pytest.mark.parametrize("chunk", ["auto", None, 1, 2, 3, 4, 7, 100])
 def test_mean_over_tasks_equals_a_loop_for_every_chunk(chunk, loop):
     params, tasks = example()
     grad_fn = mean_over_tasks(gradients(noisy_loss), chunk=chunk)

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
+from metagen_jax.chunks import Chunk
 from metagen_jax.errors import UserError
 from metagen_jax.evaluation.estimates import Estimate
 from metagen_jax.evaluation.few_shot import Predict, Sample, evaluate_few_shot
@@ -134,7 +135,7 @@ def choose_fine_tuning(
     key: PRNGKey,
     rates: Sequence[float],
     num_tasks: int = 200,
-    chunk: int = 1,
+    chunk: Chunk = "auto",
     devices: Sequence[jax.Device] | None = None,
 ) -> PyTree:
     """The rate and number of steps with the best mean accuracy on the same validation tasks.

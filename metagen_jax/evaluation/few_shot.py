@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from metagen_jax.chunks import Chunk
 from metagen_jax.errors import UserError
 from metagen_jax.evaluation.estimates import estimate
 from metagen_jax.gradients import task_keys
@@ -38,7 +39,7 @@ def evaluate_few_shot(
     key: PRNGKey,
     num_tasks: int = 1000,
     score: Score | None = None,
-    chunk: int = 1,
+    chunk: Chunk = "auto",
     devices: Sequence[jax.Device] | None = None,
 ) -> PyTree:
     """Accuracy on the queries of `num_tasks` episodes, each predicted from its support set.
@@ -56,8 +57,8 @@ def evaluate_few_shot(
       key: fixes tasks and predictions.
       num_tasks: how many episodes.
       score: what is measured in place of the accuracy; always pass the same function.
-      chunk: how many at once on each device. On a CPU 1 is fastest, on accelerators the largest
-        that fits.
+      chunk: how many at once on each device; "auto" goes by backend and memory, as in
+        `metagen_jax.mean_over_tasks`.
       devices: what to spread the tasks over; None takes all of this host.
 
     Returns:
