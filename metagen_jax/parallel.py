@@ -10,7 +10,7 @@ One program serves them all:
 - a CPU: XLA_FLAGS=--xla_force_host_platform_device_count=2 makes two devices of it, and one device
   a core is often faster than one device that uses all cores;
 - the GPUs or TPUs of one host: nothing to do;
-- several hosts: each runs the whole program, calls `jax.distributed.initialize` before anything
+- several hosts: each runs the whole program, calls `metagen_jax.hosts.start_hosts` before anything
   else of JAX, starts from the same seeds and takes the same steps. Batches drawn from a key inside
   the compiled step need nothing more, for every host draws its own share. Batches that hosts read
   are made global by `jax.make_array_from_process_local_data`.

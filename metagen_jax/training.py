@@ -152,6 +152,7 @@ def fit(
     best_metric: BestMetric = ("accuracy", "max"),
     log_every: int | None = None,
     save_every: int | None = None,
+    step_deadline: float | None = None,
     tasks_per_step: int | None = None,
     progress: bool = True,
 ) -> FitResult:
@@ -174,12 +175,16 @@ def fit(
       log_every: in steps; by default a two-hundredth of the run.
       save_every: in steps; by default once a minute. New best parameters, Ctrl-C, SIGTERM and the
         last step save as well.
+      step_deadline: in seconds. If a step but the first takes longer, the process ends with status
+        75 and a line that says so: of several processes one that hangs leaves the others waiting
+        for ever. Longer than a validation and a checkpoint, for which the others wait.
       tasks_per_step: to show tasks instead of steps per second.
       progress: whether to show progress, on the standard error stream.
 
     Raises:
       TrainingError: the loss or the gradient is no longer finite; `run_dir` holds a run and
-        `resume` is False; a checkpoint can't be read or is of another model.
+        `resume` is False; a checkpoint can't be read or is of another model; or another process of
+        the run has gone.
       TrainingInterrupted: Ctrl-C or SIGTERM; a checkpoint has been saved.
       UserError: an argument is out of range; the disk is full or can't be written; or, at the first
         validation, `validate` gives no number by the name of `best_metric`.
@@ -189,6 +194,7 @@ def fit(
         validate_every=validate_every,
         log_every=log_every,
         save_every=save_every,
+        step_deadline=step_deadline,
         tasks_per_step=tasks_per_step,
     )
     if best_metric[1] not in ("max", "min"):
@@ -202,6 +208,7 @@ def fit(
         best_metric=best_metric,
         log_every=log_every or max(1, num_steps // 200),
         save_every=save_every,
+        step_deadline=step_deadline,
         bar=ProgressBar(num_steps, tasks_per_step=tasks_per_step, enabled=progress and primary),
     )
     with contextlib.ExitStack() as stack:
@@ -228,7 +235,7 @@ def fit(
     )
 
 
-def _check_positive(**options: int | None) -> None:
+def _check_positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; give 1 or more")

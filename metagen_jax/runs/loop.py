@@ -1,17 +1,19 @@
 """The loop of a run: take steps, watch them, log, validate and save."""
 
+import contextlib
 import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from metagen_jax.errors import TrainingError, UserError, import_extra
+from metagen_jax.errors import TrainingError, UserError, import_extra, one_line
+from metagen_jax.hosts import deadline
 from metagen_jax.runs.checkpoints import (
     LATEST,
     RunState,
@@ -43,6 +45,7 @@ class Loop:
     best_metric: BestMetric
     log_every: int
     save_every: int | None
+    step_deadline: float | None
     bar: ProgressBar
     log: RunLog | None = None
     stop: threading.Event = dataclasses.field(default_factory=threading.Event)
@@ -87,7 +90,8 @@ class Loop:
         self.bar.wait(start, "compiling the first step ...")
         self.last_lap = self.last_save = time.perf_counter()
         for step in range(start + 1, self.num_steps + 1):
-            state, metrics = step_fn(state, data)
+            with self.watch(step):
+                state, metrics = step_fn(state, data)
             if unread is not None:
                 self.observe(*unread)
             unread = step, metrics
@@ -110,7 +114,8 @@ class Loop:
         """Reads the metrics of a step once it is done; stops the run if it went wrong."""
         if not self.compiled:
             _check_scalars(metrics)
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with self.watch(step):
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(values.get(name, 0.0)):
                 raise TrainingError(f"{name} is {values[name]} at step {step}; {self.advice()}")
@@ -123,6 +128,23 @@ class Loop:
                 self.log.write(step, means, train_seconds=seconds, kind="train")
         validations = -(-self.num_steps // self.validate_every) - step // self.validate_every
         self.bar.update(step, values, seconds, validations * self.seconds_to_validate)
+
+    @contextlib.contextmanager
+    def watch(self, step: int) -> Iterator[None]:
+        """Ends the run with an error where a step fails or hangs because another process does."""
+        kept = f"{self.last_checkpoint()}; start all processes again, to resume (--resume)"
+        # The first step is compiled, which takes as long as it takes.
+        seconds = self.step_deadline if self.compiled else None
+        with deadline(seconds, f"step {step} takes more than {seconds} s; {kept}"):
+            try:
+                yield
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() == 1:
+                    raise
+                raise TrainingError(
+                    f"step {step} failed, as when another of the {jax.process_count()} processes "
+                    f"has gone ({one_line(error)}); {kept}"
+                ) from error
 
     def validate_params(self, step: int, params: Params) -> bool:
         """Validates, and keeps the parameters if they are the best so far; says whether."""
@@ -182,9 +204,12 @@ class Loop:
 
     def advice(self) -> str:
         """What to do about a run that has gone wrong."""
+        return f"{self.last_checkpoint()}; lower the learning rate or clip the gradient"
+
+    def last_checkpoint(self) -> str:
+        """What there is to resume from, in words."""
         kept = [] if self.run_dir is None else saved_steps(self.run_dir / LATEST)
-        saved = f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was saved"
-        return f"{saved}; lower the learning rate or clip the gradient"
+        return f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was saved"
 
     def farewell(self, step: int) -> str:
         """What to tell whoever has stopped the run."""
