@@ -14,11 +14,12 @@ from jaxtyping import Int32, UInt8
 from metagen_jax.errors import DataError
 
 _PARTS = ("train", "val", "trainval", "test")
+_OMNIGLOT_SCHEMES = ("vinyals", "lake", "random1200", "random1000", "alphabets45")
 FROZEN_SPLITS = {
     "cifar_fs": _PARTS,
     "glyphs": _PARTS,
     "mini_imagenet": _PARTS,
-    "omniglot": tuple(f"{s}/{p}" for s in ("vinyals", "lake", "random1200") for p in _PARTS),
+    "omniglot": tuple(f"{s}/{p}" for s in _OMNIGLOT_SCHEMES for p in _PARTS),
 }
 """The splits by class that are kept in files, for each data set."""
 

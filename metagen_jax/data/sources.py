@@ -29,6 +29,7 @@ from metagen_jax.data.classes import (
     select_classes,
 )
 from metagen_jax.data.glyphs import render_glyphs
+from metagen_jax.data.resampling import Resampling, resize
 from metagen_jax.errors import DataError
 
 # TFDS's own splits of Omniglot are Lake's: they share the cached array with the others.
@@ -47,15 +48,16 @@ def load_images(
     *,
     data_dir: Folder | None = None,
     size: int | None = None,
+    resampling: Resampling = "lanczos",
     cache_dir: Folder | None = None,
     progress: Progress | None = None,
 ) -> LabelledImages:
     """Loads an image set with labels as one array.
 
     `"omniglot"`: 20 drawings of each of 1623 characters, one channel, ink 0 and paper 255 (most
-    papers turn that round: ink 1, paper 0). Its splits by character are `vinyals/`, `lake/` and
-    `random1200/`, each with `train`, `val`, `trainval` (both) and `test`; TFDS's own `train` and
-    `test` are `lake/trainval` and `lake/test`.
+    papers turn that round: ink 1, paper 0). Its splits by character are `vinyals/`, `lake/`,
+    `random1200/`, `random1000/` and `alphabets45/`, each with `train`, `val`, `trainval` (both) and
+    `test`; TFDS's own `train` and `test` are `lake/trainval` and `lake/test`.
 
     `"glyphs"`: 20 pictures of each of 1338 printed letters, coloured alike, drawn on the spot
     (`metagen_jax.data.glyphs`). Its splits by letter are `train`, `val`, `trainval`, `test`.
@@ -74,6 +76,7 @@ def load_images(
         Networks' authors resize Omniglot by Pillow as well, but at 1 bit a pixel, where it takes
         the nearest pixel whatever filter is named: their pictures are black and white, these have
         grey edges.
+      resampling: how TFDS's pictures are made of that size; see `metagen_jax.data.resampling`.
       cache_dir: where decoded arrays are kept, by default `$METAGEN_JAX_CACHE` or `metagen_jax` in
         the user's cache folder. A cache that can't be read or written costs a warning.
       progress: called with (done, total) while pictures are decoded; never if they are cached.
@@ -98,7 +101,7 @@ def load_images(
             data = _load_glyphs(size or 28, cache, progress)
         else:
             stored = "train+test" if is_by_class else split
-            data = _load_tfds(name, stored, data_dir, size, cache, progress)
+            data = _load_tfds(name, stored, data_dir, size, resampling, cache, progress)
     return select_classes(data, frozen_classes(base, by_class)) if is_by_class else data
 
 
@@ -120,6 +123,7 @@ def _load_tfds(
     split: str,
     data_dir: Folder | None,
     size: int | None,
+    resampling: Resampling,
     cache: Path,
     progress: Progress | None,
 ) -> LabelledImages:
@@ -129,8 +133,9 @@ def _load_tfds(
     described = [file.read_bytes() for file in files if file.suffix in (".json", ".txt")]
     key = digest(split, *(f"{file.name} {file.stat().st_size}" for file in files), *described)
     readable = re.sub(r"[^\w.+-]+", "_", f"{name.partition(':')[0]}-{folder.name}-{split}")
-    file = cache / f"{readable}-{size or 'full'}-{key}-v{CACHE_FORMAT}.npz"
-    return cached(file, lambda: _decode(folder, name, split, size, progress))
+    resized = "full" if size is None else f"{size}-{resampling}".removesuffix("-lanczos")
+    file = cache / f"{readable}-{resized}-{key}-v{CACHE_FORMAT}.npz"
+    return cached(file, lambda: _decode(folder, name, split, size, resampling, progress))
 
 
 def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
@@ -164,7 +169,12 @@ def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
 
 
 def _decode(
-    folder: Path, name: str, split: str, size: int | None, progress: Progress | None
+    folder: Path,
+    name: str,
+    split: str,
+    size: int | None,
+    resampling: Resampling,
+    progress: Progress | None,
 ) -> LabelledImages:
     import tensorflow_datasets as tfds
 
@@ -193,7 +203,8 @@ def _decode(
     for start in range(0, len(source), _DECODE_CHUNK):
         stop = min(start + _DECODE_CHUNK, len(source))
         for index, example in enumerate(source.__getitems__(list(range(start, stop))), start):
-            pixels = _pixels(example["image"], channels, size, binarize=is_omniglot)
+            picture = _picture(example["image"], channels, binarize=is_omniglot)
+            pixels = np.asarray(picture) if size is None else resize(picture, size, resampling)
             images[index] = pixels.reshape(height, width, channels)
             labels[index] = 0 if label is None else example["label"]
         if progress is not None:
@@ -224,7 +235,7 @@ def _encoded_pictures(builder: Any, name: str, split: str) -> Any:
         ) from None
 
 
-def _pixels(encoded: bytes, channels: int, size: int | None, *, binarize: bool) -> np.ndarray:
+def _picture(encoded: bytes, channels: int, *, binarize: bool) -> Any:
     """One picture, decoded by Pillow: TFDS's two decoders disagree on the values of 1-bit ones."""
     from PIL import Image
 
@@ -232,9 +243,7 @@ def _pixels(encoded: bytes, channels: int, size: int | None, *, binarize: bool) 
         picture = file.convert(_CHANNEL_MODES[channels])
     if binarize:
         picture = picture.point(_INK_0_PAPER_255)
-    if size is not None:
-        picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    return np.asarray(picture)
+    return picture
 
 
 def _unknown_split(name: str, split: str, tfds_splits: list[str]) -> DataError:

@@ -33,6 +33,8 @@ def names_by_label(data):
         ("omniglot", "vinyals/", (1028, 172, 423)),
         ("omniglot", "lake/", (883, 81, 659)),
         ("omniglot", "random1200/", (1100, 100, 423)),
+        ("omniglot", "random1000/", (1000, 200, 423)),
+        ("omniglot", "alphabets45/", (1398, 81, 144)),
         ("glyphs", "", (1000, 138, 200)),
     ],
 )
@@ -46,17 +48,18 @@ def test_frozen_splits_have_the_published_sizes_and_share_no_class(name, scheme,
 def test_all_omniglot_splits_are_of_the_same_characters():
     wholes = [
         {*frozen_classes("omniglot", f"{s}/trainval"), *frozen_classes("omniglot", f"{s}/test")}
-        for s in ("vinyals", "lake", "random1200")
+        for s in ("vinyals", "lake", "random1200", "random1000", "alphabets45")
     ]
-    assert wholes[0] == wholes[1] == wholes[2]
+    assert all(whole == wholes[0] for whole in wholes)
 
 
-def test_lake_split_divides_alphabets():
+@pytest.mark.parametrize(("scheme", "sizes"), [("lake", (25, 5, 20)), ("alphabets45", (40, 5, 5))])
+def test_splits_of_alphabets_share_no_alphabet(scheme, sizes):
     alphabets = [
-        {name.rpartition("_")[0] for name in frozen_classes("omniglot", f"lake/{part}")}
+        {name.rpartition("_")[0] for name in frozen_classes("omniglot", f"{scheme}/{part}")}
         for part in ("train", "val", "test")
     ]
-    assert [len(a) for a in alphabets] == [25, 5, 20]
+    assert tuple(map(len, alphabets)) == sizes
     assert len(set.union(*alphabets)) == 50
 
 
