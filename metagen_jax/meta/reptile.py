@@ -1,6 +1,7 @@
 """Reptile: move the initialisation towards what each task makes of it.
 
 Nichol, Achiam, Schulman: On First-Order Meta-Learning Algorithms, 2018.
+Clouatre, Demers: FIGR: Few-shot Image Generation with Reptile, 2019.
 """
 
 import jax
@@ -84,6 +85,52 @@ def reptile_gradients(
         loss, metrics = loss_fn(adapted.params, episode.query, query_key)
         end = MetaParams(adapted.params, adapted.opt_state) if carry_state else adapted.params
         return optax.tree.sub(params, end), {"loss": loss, **metrics}
+
+    return direction
+
+
+def reptile_over_gradients(
+    grad_fn: GradFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_at: BatchAt | None = None,
+    trainable: Trainable | None = None,
+) -> GradFn:
+    """Reptile's direction where what is trained is a direction and no loss, as of two players.
+
+    `g = theta - theta_K`, as in `reptile_gradients`, which this is for `gradients(loss_fn)`. Over
+    `metagen_jax.generative.gan.gan_gradients` it is FIGR (Clouatre and Demers 2019): both players'
+    initialisations move towards what they become on the images of one class.
+
+    Args:
+      grad_fn: the direction on support and on query.
+      inner_optimizer: as in `reptile_gradients`, and so are the others; its state is new for each
+        task.
+      num_steps: inner steps K.
+      batch_at: mini-batches for the inner steps.
+      trainable: which leaves the inner loop moves, by path; None moves all.
+
+    Returns:
+      A `GradFn` over `Episode(support, query)` whose metrics are those of `grad_fn` on the query
+      after the last step.
+    """
+
+    def direction(params: Params, episode: Episode, key: PRNGKey) -> tuple[Params, Metrics]:
+        adapt_key, query_key = jax.random.split(key)
+        adapted = adapt(
+            grad_fn,
+            params,
+            episode.support,
+            adapt_key,
+            optimizer=inner_optimizer,
+            num_steps=num_steps,
+            gradient="first_order",
+            trainable=trainable,
+            batch_at=batch_at,
+        ).params
+        _, metrics = grad_fn(adapted, episode.query, query_key)
+        return optax.tree.sub(params, adapted), metrics
 
     return direction
 

@@ -10,7 +10,11 @@ import references
 from toy_tasks import KEY, example, one_task, plain_loss, regression
 
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
-from metagen_jax.meta.reptile import mini_batches, reptile_gradients
+from metagen_jax.meta.reptile import (
+    mini_batches,
+    reptile_gradients,
+    reptile_over_gradients,
+)
 from metagen_jax.supervised import squared_error_loss
 from metagen_jax.types import Episode, MetaParams
 
@@ -56,6 +60,31 @@ def test_equals_a_plain_loop_in_direction_and_query_loss(optimizer, num_steps):
     expected, loss = loop(params)
     assert_close(direction, expected)
     assert_close(metrics, {"loss": loss, "root": jnp.sqrt(loss)})
+
+
+def test_over_the_gradient_of_a_loss_it_is_the_same():
+    params, task = one_task()
+    options = {"inner_optimizer": optax.adam(RATE, b1=0.0), "num_steps": 3}
+    expected = jax.jit(reptile_gradients(regression, **options))(params, task, KEY)
+    actual = jax.jit(reptile_over_gradients(gradients(regression), **options))(params, task, KEY)
+    assert_close(actual, expected)
+
+
+def test_two_players_each_go_towards_where_their_game_leads():
+    """`x` goes down and `y` up the bilinear game `x y`, to the mean of a batch: no gradient."""
+
+    def field(params, batch, key):
+        x, y = params
+        return (y - batch.mean(), -(x - batch.mean())), {"x": x}
+
+    support, query = jnp.array([0.5, 1.5]), jnp.array([3.0])
+    grad_fn = reptile_over_gradients(field, inner_optimizer=optax.sgd(RATE), num_steps=4)
+    direction, metrics = jax.jit(grad_fn)((2.0, -1.0), Episode(support, query), KEY)
+    x, y = 2.0, -1.0
+    for _ in range(4):
+        x, y = x - RATE * (y - 1), y + RATE * (x - 1)
+    assert_close(direction, (2.0 - x, -1.0 - y))
+    assert_close(metrics, {"x": x})
 
 
 @pytest.mark.slow

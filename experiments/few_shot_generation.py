@@ -1,0 +1,204 @@
+"""Images of characters never seen in training, by models that learn from a few examples.
+
+    python -m experiments.few_shot_generation                    # embedded letters, MAML and a VAE
+    python -m experiments.few_shot_generation --preset omniglot-lake --data-dir DIR \
+        --learner reptile --model pixelcnn
+    python -m experiments.few_shot_generation --preset omniglot-lake --data-dir DIR \
+        --model attention_pixelcnn
+    python -m experiments.few_shot_generation --preset omniglot-lake --data-dir DIR \
+        --learner pretrained --model vae                            # the baseline of MAML's VAE
+
+Trains on classes of their own, keeps the parameters that are best on validation classes, and
+reports `nll_by_shots`: the negative log-likelihood, in nats, of the next image of a test class
+given T of its images, with its 95 % interval over episodes. How many steps are taken on these, and
+at what rate if that is not learned, is chosen for each T on validation classes. Writes to the run's
+folder: `result.json`, `nll_by_shots.png`, `nll_by_shots.npz` (the values of each episode, so that
+two runs may be compared in pairs), `samples.png` (support images, new samples before and after),
+`learning_curve.png`, metrics, checkpoints.
+
+`--model gan` is FIGR (Clouatre and Demers 2019), Reptile over a GAN, which has samples alone.
+`--use-tasks 200` asks what samples are good for: the accuracy of a small net trained on few images
+of five classes and on samples made from them, against that on the images alone.
+
+Presets: `omniglot-lake` has the pixels of Generative Matching Networks (Bartunov and Vetrov 2018)
+bit by bit. There, support and query are drawn with replacement, so that with 9 shots 37 % of all
+queries are among the support images (5 % with 1, 19 % with 4); here they never are.
+`omniglot-characters` has the split sizes of SCHA-VAE, pixels drawn from the grey values of a
+filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018.
+
+Results, with command, machine, minutes and seeds, stand in experiments/README.md.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import PyTree
+
+from experiments import few_shot_generation_report, program
+from experiments.few_shot_generation_config import PRESETS, Config, check, with_model
+from experiments.few_shot_generation_data import Splits, load_splits, test_episodes
+from experiments.few_shot_generation_learners import Learner, make_learner
+from experiments.few_shot_generation_report import Row
+from experiments.few_shot_generation_use import use_and_report
+from metagen_jax.data.episodes import ClassData
+from metagen_jax.evaluation.few_shot import Sample
+from metagen_jax.evaluation.likelihood_by_shots import choose_adaptation, evaluate_nll
+from metagen_jax.gradients import mean_over_tasks, task_keys
+from metagen_jax.parallel import data_parallel, replicate
+from metagen_jax.training import FitResult, fit, init_state, train_step
+from metagen_jax.types import Params, PRNGKey
+
+# Of the episodes of validation and test, the same for every --seed and unlike any likely one.
+VALIDATION_SEED, CHOICE_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002, 1_000_000_003
+# Shots of a validation, of whose figures the mean is taken.
+VALIDATION_SHOTS = 1, 4
+# Images by which flows set their first scales.
+NUM_INIT = 100
+
+
+def train(
+    config: Config, learner: Learner, params: Params, splits: Splits, sample_test: Sample
+) -> FitResult:
+    """Trains; the parameters that validate best are the result."""
+    grad_fn = learner.grad_fn
+    assert grad_fn is not None
+    shots = [n for n in VALIDATION_SHOTS if n <= max(config.shots)]
+
+    def sample(key: PRNGKey, data: PyTree) -> PyTree:
+        return jax.vmap(learner.sample, in_axes=(0, None))(task_keys(key, config.num_tasks), data)
+
+    def validate(params: Params) -> dict[str, float]:
+        assert learner.log_probs is not None
+        steps = 0 if config.learner == "pretrained" else config.inner_steps
+        tested = next(iter(learner.candidates(params).values()))
+        figures = [
+            evaluate_nll(
+                learner.log_probs(steps, False, False),
+                tested,
+                sample_test,
+                splits.val,
+                num_shots=num_shots if steps else 0,
+                key=jax.random.key(VALIDATION_SEED),
+                num_tasks=config.num_validation_tasks,
+                **places(config),
+            )
+            for num_shots in shots
+        ]
+        return {"nll": float(np.mean([nll.mean for nll in figures]))}
+
+    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](
+        optax.cosine_decay_schedule(config.outer_rate, config.steps)
+    )
+    devices = program.devices_for(config.num_devices, config.num_tasks)
+    over_tasks = data_parallel(mean_over_tasks(grad_fn, chunk=config.chunk), devices=devices)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    state, data = replicate((init_state(params, optimizer, key), splits.train), devices=devices)
+    return fit(
+        train_step(over_tasks, optimizer, sample),
+        state,
+        data,
+        num_steps=config.steps,
+        run_dir=config.run_dir,
+        tasks_per_step=config.num_tasks,
+        validate=None if learner.log_probs is None else validate,
+        validate_every=config.validate_every,
+        best_metric=("nll", "min"),
+        resume=config.resume,
+    )
+
+
+def places(config: Config) -> dict[str, Any]:
+    """How many episodes are evaluated at once, and where."""
+    return {"chunk": config.chunk, "devices": jax.local_devices()[: config.num_devices]}
+
+
+def first_params(config: Config, learner: Learner, data: ClassData) -> Params:
+    """Parameters before training, scaled by the first draws of some images."""
+    images = data.examples[:: max(1, len(data.examples) // NUM_INIT)][:NUM_INIT]
+    return jax.jit(learner.init)(jax.random.key(config.seed), (images > 0).astype(np.int32))
+
+
+def evaluate(
+    config: Config, learner: Learner, params: Params, splits: Splits, sample_test: Sample
+) -> dict[int, Row]:
+    """The test by number of shots, each with the steps and the rate that validate best."""
+    assert learner.log_probs is not None
+    rows = {}
+    for num_shots in config.shots:
+        candidates, rate, steps = learner.candidates(params), None, 0
+        if learner.takes_steps and num_shots:
+            chosen = choose_adaptation(
+                learner.log_probs(config.test_steps, True, False),
+                candidates,
+                sample_test,
+                splits.val,
+                num_shots=num_shots,
+                key=jax.random.key(CHOICE_SEED),
+                num_tasks=config.num_choice_tasks,
+                **places(config),
+            )
+            rate, steps = chosen.candidate, chosen.num_steps
+        tested = next(iter(candidates.values())) if rate is None else candidates[rate]
+        nll = evaluate_nll(
+            learner.log_probs(steps, False, True),
+            tested,
+            sample_test,
+            splits.test,
+            num_shots=num_shots,
+            key=jax.random.key(TEST_SEED),
+            num_tasks=config.num_test_tasks,
+            **places(config),
+        )
+        rows[num_shots] = Row(nll, steps, rate, tested)
+        print(f"{num_shots} shots: {nll.mean:.2f} ± {nll.interval:.2f} nats")
+    return rows
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Trains, tests, prints the table, draws the pictures; gives the numbers by name."""
+    check(config)
+    splits = load_splits(config)
+    learner = make_learner(config, splits.train.examples.shape[1:])
+    counts = " / ".join(str(len(part.sizes)) for part in splits)
+    print(f"{config.dataset}: {counts} classes for training / validation / test")
+    params = first_params(config, learner, splits.train)
+    sample_test = test_episodes(config)
+    numbers: dict[str, Any] = {
+        "kind": learner.kind,
+        "num_test_tasks": config.num_test_tasks,
+        "num_test_classes": len(splits.test.sizes),
+        "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
+    }
+    name = f"{config.model} by {config.learner}"
+    if learner.grad_fn is not None:
+        print(f"training {name}")
+        result = train(config, learner, params, splits, sample_test)
+        params = result.best_params
+        numbers |= {
+            "best_step": result.best_step,
+            "validation_nll_nats": result.best_validation.get("nll"),
+            "train_seconds": round(result.train_seconds, 1),
+            "validation_seconds": round(result.validation_seconds, 1),
+            "tasks_per_second": round(result.steps_per_second * config.num_tasks, 1),
+        }
+    data = "glyphs" if config.dataset == "glyphs" else f"Omniglot, {config.split}"
+    title = f"{name}, {data}"
+    if learner.log_probs is not None:
+        print(f"testing: {learner.kind}")
+        rows = evaluate(config, learner, params, splits, sample_test)
+        numbers |= few_shot_generation_report.report(config, learner, rows, title=title)
+    else:
+        tested = next(iter(learner.candidates(params).values()))
+        rows = dict.fromkeys(config.shots, Row(None, config.test_steps, None, tested))
+    few_shot_generation_report.draw(
+        config, learner, rows, splits.test, sample_test, title=title, test_seed=TEST_SEED
+    )
+    if config.use_tasks:
+        numbers |= use_and_report(config, learner, rows[config.use_shots], splits.test, TEST_SEED)
+    return numbers
+
+
+if __name__ == "__main__":
+    program.run("few_shot_generation", main, PRESETS, default="glyphs", vary=with_model)

@@ -1,0 +1,117 @@
+"""The images of `experiments.few_shot_generation`, ink high, and the episodes drawn from them."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import rich.progress
+from jaxtyping import Array
+
+from experiments.few_shot_generation_config import Config
+from metagen_jax.data.classes import LabelledImages, select_classes
+from metagen_jax.data.episodes import ClassData, check_episodes, group_by_class, sample_batch
+from metagen_jax.data.set_episodes import sample_set_episode, vary_shots
+from metagen_jax.data.sources import load_images
+from metagen_jax.errors import UserError
+from metagen_jax.evaluation.few_shot import Sample
+from metagen_jax.types import Episode, PRNGKey
+
+PARTS = ("train", "val", "test")
+
+
+class Splits(NamedTuple):
+    """Images by class, no class in two parts: grey of 8 bits, or 0 and 1 if values are "stored"."""
+
+    train: ClassData
+    val: ClassData
+    test: ClassData
+
+
+def load_splits(config: Config) -> Splits:
+    """The images of training, validation and test classes, checked to suffice for the episodes."""
+    prefix = f"{config.split}/" if config.dataset == "omniglot" else ""
+    with rich.progress.Progress(transient=True) as bar:
+        task = bar.add_task(f"decoding {config.dataset}", total=None)
+        train, val, test = (
+            load_images(
+                config.dataset,
+                prefix + part,
+                data_dir=config.data_dir,
+                size=config.image_size,
+                resampling=config.resampling,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+            for part in PARTS
+        )
+    return Splits(
+        to_class_data(config, train, config.train_shots, config.num_queries, "training"),
+        to_class_data(config, val, max(config.shots), 1, "validation"),
+        to_class_data(config, frozen_subset(test, config.num_test_classes), max(config.shots), 1),
+    )
+
+
+def frozen_subset(images: LabelledImages, num_classes: int | None) -> LabelledImages:
+    """The first classes in an order that depends on their sorted names alone."""
+    if num_classes is None:
+        return images
+    names = sorted(images.class_names)
+    # RandomState, as its numbers are frozen; those of NumPy's newer generators may change.
+    order = np.random.RandomState(0).permutation(len(names))
+    return select_classes(images, [names[i] for i in order[:num_classes]])
+
+
+def to_class_data(
+    config: Config, images: LabelledImages, num_shots: int, num_queries: int, part: str = "test"
+) -> ClassData:
+    """The images on the device, sorted by class."""
+    ink = 255 - images.images
+    data = group_by_class(
+        (ink > 127).astype(np.uint8) if config.values == "stored" else ink, images.labels
+    )
+    try:
+        check_episodes(data, num_ways=1, num_shots=num_shots, num_queries=num_queries)
+    except UserError as error:
+        raise UserError(f"the {part} classes of {config.dataset}: {error}") from None
+    return data
+
+
+def training_episodes(config: Config) -> Sample:
+    """`sample(key, data) -> Episode` of one class in training."""
+    draw = functools.partial(
+        sample_set_episode,
+        num_shots=config.train_shots,
+        num_queries=config.num_queries,
+        num_rotations=config.rotations,
+        values=config.values,
+    )
+    if not config.vary_shots:
+        return draw
+
+    def sample(key: PRNGKey, data: ClassData) -> Episode:
+        draw_key, vary_key = jax.random.split(key)
+        return vary_shots(vary_key, draw(draw_key, data))
+
+    return sample
+
+
+def test_episodes(config: Config) -> Sample:
+    """`sample(key, data) -> Episode` of as many shots as are tested, and one query."""
+    return functools.partial(
+        sample_set_episode, num_shots=max(config.shots), num_queries=1, values=config.values
+    )
+
+
+def conventional_batches(config: Config, num_images: int) -> Sample:
+    """`sample(key, data) -> images` of any classes, as many as an episode has."""
+
+    def sample(key: PRNGKey, data: ClassData) -> Array:
+        image_key, value_key = jax.random.split(key)
+        images, _ = sample_batch(
+            image_key, data, batch_size=num_images, num_rotations=config.rotations
+        )
+        if config.values == "bernoulli":
+            images = jax.random.bernoulli(value_key, images / 255)
+        return images.astype(np.int32)
+
+    return sample  # pyright: ignore[reportReturnType]

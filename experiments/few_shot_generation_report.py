@@ -1,0 +1,183 @@
+"""The table and the pictures of `experiments.few_shot_generation`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from jaxtyping import Array
+
+from experiments.few_shot_generation_config import Config
+from experiments.few_shot_generation_learners import Learner
+from metagen_jax.data.episodes import ClassData
+from metagen_jax.data.set_episodes import first_shots
+from metagen_jax.errors import writing
+from metagen_jax.evaluation import plots
+from metagen_jax.evaluation.estimates import Estimate, estimate
+from metagen_jax.evaluation.few_shot import Sample
+from metagen_jax.evaluation.image_grids import plot_image_grid
+from metagen_jax.evaluation.shot_curves import plot_nll_by_shots
+from metagen_jax.gradients import task_keys
+from metagen_jax.types import Params
+
+# Bartunov and Vetrov 2018, table 1; 1000 importance samples, queries may be among the examples.
+PUBLISHED = {
+    "GMN, published": {0: 90.9, 1: 82.8, 2: 78.8, 3: 76.4, 4: 74.2, 9: 64.6},
+    "averaging GMN": {0: 91.3, 1: 83.9, 2: 82.3, 3: 81.8, 4: 81.1, 9: 80.3},
+}
+NUM_ROWS, NUM_SUPPORT, NUM_SAMPLES = 6, 4, 4
+
+
+class Row(NamedTuple):
+    """A number of shots: the figure, if any, the steps and the rate chosen, what was tested."""
+
+    nll: Estimate | None
+    num_steps: int
+    rate: Any
+    params: Params
+
+
+def report(
+    config: Config, learner: Learner, rows: Mapping[int, Row], *, title: str
+) -> dict[str, Any]:
+    """Prints the table, draws figures against shots, keeps those of each episode.
+
+    Args:
+      config: settings.
+      learner: what was tested.
+      rows: the test by number of shots, the first without any.
+      title: of model, learner and data.
+
+    Returns:
+      `nll_by_shots`.
+    """
+    figures = {n: row.nll for n, row in rows.items() if row.nll is not None}
+    by_shots: dict[str, Any] = {}
+    for num_shots, nll in figures.items():
+        # The same episodes and queries, so that the difference is better known than the means.
+        gain = estimate(figures[0].per_task - nll.per_task)
+        by_shots[str(num_shots)] = {
+            "nats": float(nll.mean),
+            "interval": float(nll.interval),
+            "gain": float(gain.mean),
+            "gain_interval": float(gain.interval),
+            "steps": rows[num_shots].num_steps,
+            "rate": rows[num_shots].rate,
+        }
+    _print_table(config, learner, by_shots, title)
+    file = config.run_dir / "nll_by_shots.npz"
+    with writing(file):
+        np.savez(file, **{str(n): nll.per_task for n, nll in figures.items()})
+    plot_nll_by_shots(
+        {config.model: figures},
+        config.run_dir / "nll_by_shots.png",
+        title=title,
+        published=PUBLISHED if title.endswith("lake") else None,
+    )
+    return {"nll_by_shots": by_shots}
+
+
+def draw(
+    config: Config,
+    learner: Learner,
+    rows: Mapping[int, Row],
+    test: ClassData,
+    sample_test: Sample,
+    *,
+    title: str,
+    test_seed: int,
+) -> None:
+    """Draws the learning curve, and support images beside samples without and with them.
+
+    Args:
+      config, learner, rows, title: as in `report`.
+      test: images of the test classes.
+      sample_test: its episodes.
+      test_seed: of these.
+    """
+    _draw_samples(config, learner, rows, test, sample_test, title, test_seed)
+    drawn = ["samples.png"]
+    if (config.run_dir / "metrics.jsonl").exists():
+        _draw_learning_curve(config.run_dir, f"{title}: training")
+        drawn.append("learning_curve.png")
+    print(f"pictures are in {config.run_dir}: {', '.join(drawn)}")
+
+
+def _print_table(config: Config, learner: Learner, by_shots: Mapping[str, Any], title: str):
+    table = rich.table.Table(
+        title=f"{title}: nats of the next image of an unseen class",
+        caption=f"{learner.kind}; {config.num_test_tasks} episodes, ± 95 % interval; steps and "
+        "rate chosen on validation classes",
+    )
+    for column in ("shots", "nats", "less than without", "steps", "rate"):
+        table.add_column(column, justify="right")
+    for num_shots, row in by_shots.items():
+        rate = row["rate"]
+        table.add_row(
+            num_shots,
+            f"{row['nats']:.2f} ± {row['interval']:.2f}",
+            f"{row['gain']:.2f} ± {row['gain_interval']:.2f}" if num_shots != "0" else "",
+            str(row["steps"]) if learner.takes_steps else "",
+            "" if rate is None else f"{rate:g}",
+        )
+    rich.console.Console(width=100).print(table)
+
+
+def _draw_samples(
+    config: Config,
+    learner: Learner,
+    rows: Mapping[int, Row],
+    test: ClassData,
+    sample_test: Sample,
+    title: str,
+    seed: int,
+) -> None:
+    """Rows of support images, samples without them and samples with them."""
+    num_shots = max(n for n in rows if n <= NUM_SUPPORT)
+
+    def of_episode(draw: Any, params: Params, num_shots: int):
+        def images(key: Array) -> Array:
+            episode = first_shots(sample_test(jax.random.fold_in(key, 0), test), num_shots)
+            keys = task_keys(jax.random.fold_in(key, 1), NUM_SAMPLES)
+            return jax.lax.map(lambda key: draw(params, episode.support, key), keys)
+
+        return jax.jit(lambda keys: jax.lax.map(images, keys))
+
+    keys = task_keys(jax.random.key(seed), NUM_ROWS)
+    before = of_episode(learner.draw(0), rows[0].params, 0)(keys)
+    chosen = rows[num_shots]
+    after = of_episode(learner.draw(chosen.num_steps), chosen.params, num_shots)(keys)
+    episodes = jax.jit(jax.vmap(lambda key: sample_test(jax.random.fold_in(key, 0), test)))(keys)
+    support = episodes.support[:, :num_shots].astype(jnp.float32)
+    between = jnp.full((NUM_ROWS, 1, *support.shape[2:]), 0.5)
+    images = jnp.concatenate([support, between, before, between, after], axis=1)
+    plot_image_grid(
+        np.asarray(images, np.float32),
+        config.run_dir / "samples.png",
+        title=title,
+        note=f"{num_shots} images of an unseen class; {NUM_SAMPLES} samples without them; "
+        f"{NUM_SAMPLES} with them",
+    )
+
+
+def _draw_learning_curve(run_dir: Path, title: str) -> None:
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+
+    def renamed(line: str) -> dict[str, Any]:
+        record = json.loads(line)
+        for name, shown in (("validation_nll", "validation_loss"), ("generator_loss", "loss")):
+            if name in record:
+                record[shown] = record[name]
+        return record
+
+    plots.plot_learning_curve(
+        map(renamed, lines),
+        run_dir / "learning_curve.png",
+        title=title,
+        loss_label="Loss of the query; validation: with 1 and 4 shots (nats)",
+    )

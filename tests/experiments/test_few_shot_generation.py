@@ -1,0 +1,186 @@
+"""The experiment on few-shot generation: every learner and model, and a run that is whole."""
+
+import json
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import few_shot_generation, few_shot_generation_data, program
+from experiments.few_shot_generation_config import PRESETS, Config, check, with_model
+from experiments.few_shot_generation_learners import make_learner
+from experiments.few_shot_generation_models import adaptive
+from metagen_jax.data.classes import LabelledImages
+from metagen_jax.errors import UserError
+from metagen_jax.evaluation.likelihood import evaluate_log_prob
+from metagen_jax.evaluation.likelihood_by_shots import evaluate_nll
+from metagen_jax.gradients import task_keys
+from metagen_jax.types import Episode
+
+KEY = jax.random.key(0)
+SMALL = {
+    "num_latents": 3,
+    "hidden_sizes": (6,),
+    "num_filters": 8,
+    "num_layers": 2,
+    "train_shots": 2,
+    "num_queries": 2,
+    "image_size": 8,
+}
+
+
+def config_of(learner, model, **settings):
+    chosen = with_model(PRESETS["smoke"], Config(learner=learner, model=model))
+    small = SMALL | ({"num_layers": 5} if model == "attention_pixelcnn" else {})
+    return replace(chosen, **small, **settings)
+
+
+def pictures(num_classes=4, size=8, seed=0):
+    """Noise of two values, ten of each class."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(num_classes, dtype=np.int32), 14)
+    images = 255 * rng.integers(0, 2, (len(labels), size, size, 1), dtype=np.uint8)
+    return LabelledImages(images, labels, tuple("abcdefgh"[:num_classes]))
+
+
+@pytest.mark.parametrize(
+    ("learner", "model"),
+    [
+        *((learner, "vae") for learner in ("maml", "fomaml", "reptile", "meta_sgd", "scratch")),
+        *(("maml", model) for model in ("conv_vae", "pixelcnn", "flow", "flow_matching")),
+        ("pretrained", "pixelcnn"),
+        ("reptile", "gan"),
+        ("amortised", "set_vae"),
+        ("amortised", "attention_pixelcnn"),
+    ],
+)
+def test_every_learner_and_model_has_a_direction_likelihoods_and_samples(learner, model):
+    config = config_of(learner, model)
+    made = make_learner(config, (8, 8, 1))
+    images = jax.ShapeDtypeStruct((3, 8, 8, 1), jnp.int32)
+    episode = Episode(images, images)
+    params = jax.eval_shape(made.init, KEY, images)
+    if made.grad_fn is not None:
+        task = images if learner == "pretrained" else episode
+        direction, metrics = jax.eval_shape(made.grad_fn, params, task, KEY)
+        chex.assert_trees_all_equal_shapes(direction, params)
+        assert metrics["generator_loss" if model == "gan" else "loss"].shape == ()
+    candidates = jax.eval_shape(made.candidates, params)
+    [tested, *others] = candidates.values()
+    assert bool(others) == (learner in ("pretrained", "scratch"))
+    steps = 3 if made.takes_steps else 1
+    nothing = jax.ShapeDtypeStruct((0, 8, 8, 1), jnp.int32)
+    for support, shape in ((images, (steps, 3)), (nothing, (1, 3))):
+        if made.log_probs is None:
+            continue
+        tried = jax.eval_shape(made.log_probs(2, True, False), tested, support, images, KEY)
+        assert tried.shape == shape
+        final = jax.eval_shape(made.log_probs(2, False, True), tested, support, images, KEY)
+        assert final.shape == (3,)
+    sample = jax.eval_shape(made.draw(2), tested, images, KEY)
+    assert (sample.shape, sample.dtype) == ((8, 8, 1), jnp.float32)
+
+
+def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
+    config = config_of("maml", "pixelcnn")
+    data = few_shot_generation_data.to_class_data(config, pictures(), 4, 1)
+    made = make_learner(config, (8, 8, 1))
+    params = jax.jit(made.init)(KEY, data.examples[:2])
+    tested = made.candidates(params)[config.inner_rate]
+    sample = few_shot_generation_data.test_episodes(config)
+    options = {"key": KEY, "num_tasks": 6}
+    by_shots = evaluate_nll(
+        made.log_probs(5, False, True), tested, sample, data, num_shots=0, **options
+    )
+    draw = jax.jit(lambda key: sample(jax.random.split(key)[0], data).query[0])
+    queries = jnp.stack([draw(key) for key in task_keys(KEY, 6)])
+    log_prob = adaptive(config, (8, 8, 1)).test_log_prob
+    ordinary = evaluate_log_prob(log_prob, params, queries, key=KEY)
+    np.testing.assert_allclose(by_shots.per_task, -ordinary.per_task, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("learner", "model"), [("maml", "vae"), ("amortised", "set_vae"), ("reptile", "gan")]
+)
+def test_a_run_gives_every_number_and_picture_and_the_same_when_resumed(
+    monkeypatch, tmp_path, learner, model
+):
+    monkeypatch.setattr(few_shot_generation_data, "load_images", lambda *_, **__: pictures(size=8))
+    config = config_of(learner, model, run_dir=tmp_path, use_tasks=3, use_ways=2, use_samples=2)
+    numbers = few_shot_generation.main(config)
+    json.dumps(numbers)
+    for name in ("use_accuracy_real", "use_accuracy_with_samples"):
+        assert 0 <= numbers[name] <= 1
+    for picture in ("samples", "learning_curve"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+    if model == "gan":
+        assert "nll_by_shots" not in numbers
+        return
+    assert set(numbers["nll_by_shots"]) == {"0", "1", "4"}
+    for row in numbers["nll_by_shots"].values():
+        assert 0 < row["nats"] < 64 * np.log(2) + 40
+        assert row["interval"] > 0
+    assert numbers["nll_by_shots"]["0"]["gain"] == 0
+    assert (tmp_path / "nll_by_shots.png").stat().st_size > 1000
+    with np.load(tmp_path / "nll_by_shots.npz") as values:
+        assert values["4"].mean() == pytest.approx(numbers["nll_by_shots"]["4"]["nats"])
+    again = few_shot_generation.main(replace(config, resume=True))
+    assert again["nll_by_shots"] == numbers["nll_by_shots"]
+
+
+def test_a_frozen_subset_of_classes_is_the_same_whatever_their_order():
+    images = pictures(num_classes=8)
+    names = few_shot_generation_data.frozen_subset(images, 3).class_names
+    assert len(set(names)) == 3
+    turned = LabelledImages(images.images, 7 - images.labels, images.class_names[::-1])
+    assert few_shot_generation_data.frozen_subset(turned, 3).class_names == names
+    assert few_shot_generation_data.frozen_subset(images, None) is images
+
+
+def test_models_and_learners_bring_their_settings_and_flags_win():
+    def parse(*argv):
+        return program.parse(
+            "few_shot_generation", PRESETS, default="glyphs", vary=with_model, argv=argv
+        )
+
+    attention = parse("--preset", "omniglot-lake", "--model", "attention_pixelcnn")
+    assert (attention.learner, attention.train_shots) == ("amortised", 9)
+    assert attention.resampling == "corner"
+    assert attention.run_dir.name == "few_shot_generation-omniglot-lake-attention_pixelcnn"
+    reptile = parse("--learner", "reptile", "--inner-steps", "7")
+    assert (reptile.outer_optimizer, reptile.inner_steps) == ("sgd", 7)
+    assert reptile.run_dir.name == "few_shot_generation-glyphs-reptile-vae"
+    assert parse("--preset", "omniglot-alphabets").image_size == 26
+    assert parse("--preset", "smoke", "--model", "flow_matching").num_test_tasks == 6
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_settings_that_make_sense(preset):
+    check(PRESETS[preset])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0; give 1 or more"),
+        ({"shots": (1, 4)}, r"shots is \(1, 4\); give different numbers in order"),
+        ({"shots": (0, 4, 1)}, r"shots is \(0, 4, 1\); give"),
+        ({"model": "set_vae"}, "learner is maml and model set_vae; set_vae and attention_pixelcnn"),
+        ({"learner": "amortised"}, "learner is amortised and model vae"),
+        ({"learner": "reptile"}, "outer_optimizer is adam; reptile needs sgd"),
+        ({"split": "random1000"}, "split is random1000 and dataset glyphs"),
+        ({"tuned_rates": ()}, r"tuned_rates is \(\); give one or more"),
+        ({"model": "flow", "image_size": 26}, "image_size is 26; a flow halves it twice"),
+        ({"model": "gan"}, "learner is maml and model gan; give --learner reptile"),
+        ({"use_tasks": 5, "use_shots": 2}, r"use_shots is 2 and shots \(0, 1, 4\); give one"),
+        ({"inner_rate": 0.0}, r"inner_rate is 0\.0; give more than 0"),
+        ({"num_test_tasks": 1}, "num_test_tasks is 1; give 2 or more"),
+    ],
+)
+def test_mistakes_are_named_before_training(settings, message):
+    with pytest.raises(UserError, match=message):
+        check(replace(PRESETS["smoke"], **settings))
