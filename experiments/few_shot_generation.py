@@ -64,14 +64,15 @@ def train(
     """Trains; the parameters that validate best are the result."""
     grad_fn = learner.grad_fn
     assert grad_fn is not None
-    shots = [n for n in VALIDATION_SHOTS if n <= max(config.shots)]
+    adapts = config.learner != "pretrained"
+    shots = [n for n in VALIDATION_SHOTS if n <= max(config.shots)] if adapts else [0]
 
     def sample(key: PRNGKey, data: PyTree) -> PyTree:
         return jax.vmap(learner.sample, in_axes=(0, None))(task_keys(key, config.num_tasks), data)
 
     def validate(params: Params) -> dict[str, float]:
         assert learner.log_probs is not None
-        steps = 0 if config.learner == "pretrained" else config.inner_steps
+        steps = config.inner_steps if adapts else 0
         tested = next(iter(learner.candidates(params).values()))
         figures = [
             evaluate_nll(
@@ -79,7 +80,7 @@ def train(
                 tested,
                 sample_test,
                 splits.val,
-                num_shots=num_shots if steps else 0,
+                num_shots=num_shots,
                 key=jax.random.key(VALIDATION_SEED),
                 num_tasks=config.num_validation_tasks,
                 **places(config),
@@ -93,8 +94,10 @@ def train(
     )
     devices = program.devices_for(config.num_devices, config.num_tasks)
     over_tasks = data_parallel(mean_over_tasks(grad_fn, chunk=config.chunk), devices=devices)
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    state, data = replicate((init_state(params, optimizer, key), splits.train), devices=devices)
+    _, train_key = jax.random.split(jax.random.key(config.seed))
+    state, data = replicate(
+        (init_state(params, optimizer, train_key), splits.train), devices=devices
+    )
     return fit(
         train_step(over_tasks, optimizer, sample),
         state,
@@ -117,7 +120,8 @@ def places(config: Config) -> dict[str, Any]:
 def first_params(config: Config, learner: Learner, data: ClassData) -> Params:
     """Parameters before training, scaled by the first draws of some images."""
     images = data.examples[:: max(1, len(data.examples) // NUM_INIT)][:NUM_INIT]
-    return jax.jit(learner.init)(jax.random.key(config.seed), (images > 0).astype(np.int32))
+    init_key, _ = jax.random.split(jax.random.key(config.seed))
+    return jax.jit(learner.init)(init_key, (images > 0).astype(np.int32))
 
 
 def evaluate(

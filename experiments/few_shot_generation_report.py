@@ -1,5 +1,6 @@
 """The table and the pictures of `experiments.few_shot_generation`."""
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -140,20 +141,22 @@ def _draw_samples(
     """Rows of support images, samples without them and samples with them."""
     num_shots = max(n for n in rows if n <= NUM_SUPPORT)
 
-    def of_episode(draw: Any, params: Params, num_shots: int):
-        def images(key: Array) -> Array:
-            episode = first_shots(sample_test(jax.random.fold_in(key, 0), test), num_shots)
-            keys = task_keys(jax.random.fold_in(key, 1), NUM_SAMPLES)
-            return jax.lax.map(lambda key: draw(params, episode.support, key), keys)
+    @functools.partial(jax.jit, static_argnames=("num_steps", "num_shots"))
+    def samples(keys: Array, data: ClassData, params: Params, num_steps: int, num_shots: int):
+        draw_new = learner.draw(num_steps)
 
-        return jax.jit(lambda keys: jax.lax.map(images, keys))
+        def of_episode(key: Array) -> tuple[Array, Array]:
+            episode_key, sample_key = jax.random.split(key)
+            support = first_shots(sample_test(episode_key, data), num_shots).support
+            keys = task_keys(sample_key, NUM_SAMPLES)
+            return support, jax.lax.map(lambda key: draw_new(params, support, key), keys)
 
-    keys = task_keys(jax.random.key(seed), NUM_ROWS)
-    before = of_episode(learner.draw(0), rows[0].params, 0)(keys)
-    chosen = rows[num_shots]
-    after = of_episode(learner.draw(chosen.num_steps), chosen.params, num_shots)(keys)
-    episodes = jax.jit(jax.vmap(lambda key: sample_test(jax.random.fold_in(key, 0), test)))(keys)
-    support = episodes.support[:, :num_shots].astype(jnp.float32)
+        return jax.lax.map(of_episode, keys)
+
+    keys, chosen = task_keys(jax.random.key(seed), NUM_ROWS), rows[num_shots]
+    _, before = samples(keys, test, rows[0].params, 0, 0)
+    support, after = samples(keys, test, chosen.params, chosen.num_steps, num_shots)
+    support = support.astype(jnp.float32)
     between = jnp.full((NUM_ROWS, 1, *support.shape[2:]), 0.5)
     images = jnp.concatenate([support, between, before, between, after], axis=1)
     plot_image_grid(

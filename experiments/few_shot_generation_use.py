@@ -12,7 +12,7 @@ from experiments.few_shot_generation_learners import Learner
 from experiments.few_shot_generation_report import Row
 from metagen_jax.data.episodes import ClassData, check_episodes, sample_episode
 from metagen_jax.evaluation.estimates import estimate, percent
-from metagen_jax.evaluation.few_shot import Sample, evaluate_few_shot, inductive
+from metagen_jax.evaluation.few_shot import Sample, evaluate_few_shot, transductive
 from metagen_jax.evaluation.generated_examples import with_generated_examples
 from metagen_jax.meta.maml import maml_predict
 from metagen_jax.nets.conv4 import Conv4
@@ -33,14 +33,9 @@ def use_and_report(
     shape = {"num_ways": config.use_ways, "num_shots": config.use_shots, "num_queries": NUM_QUERIES}
     check_episodes(test, **shape)
     net = Conv4(config.use_ways, NUM_FILTERS, norm="none")
-
-    def apply(params, images, num_reference=None):
-        del num_reference
-        return net.apply(params, images)
-
     alone = maml_predict(
         cross_entropy_loss(net.apply),
-        inductive(apply),
+        transductive(net.apply),
         inner_optimizer=optax.adam(RATE),
         num_steps=NUM_STEPS,
     )

@@ -14,5 +14,6 @@ from metagen_jax.data.episodes import check_episodes as check_episodes
 from metagen_jax.data.episodes import group_by_class as group_by_class
 from metagen_jax.data.episodes import sample_episode as sample_episode
 from metagen_jax.data.glyphs import render_glyphs as render_glyphs
+from metagen_jax.data.set_episodes import sample_set_episode as sample_set_episode
 from metagen_jax.data.sources import load_images as load_images
 from metagen_jax.errors import DataError as DataError
