@@ -159,7 +159,7 @@ def _task_loss(row: Row, net, weights, task: Episode, inner_gradient):
         (examples, labels), (queries, targets) = task
         embedded = functional_call(net, weights, (torch.cat([examples, queries]),))
         support, query = embedded[: len(labels)], embedded[len(labels) :]
-        member = F.one_hot(labels, row.ways).to(support.dtype)
+        member = (labels[:, None] == torch.arange(row.ways)).to(support.dtype)
         centres = member.T @ support / member.sum(0)[:, None]
         logits = -(query[:, None] - centres).square().sum(-1)
         return F.cross_entropy(logits, targets), weights

@@ -83,7 +83,7 @@ class Device:
 
 def reduced_bytes(hlo: str) -> int:
     """The bytes of float32 that all collectives of a compiled program move."""
-    collectives = r"= ([^=\n]*?) (?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*\("
+    collectives = r"= (.*?) (?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*\("
     shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(re.findall(collectives, hlo)))
     return BYTES * sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in shapes)
 

@@ -84,7 +84,7 @@ def test_a_power_law_is_found():
 
 def test_the_bytes_of_collectives_are_read_from_a_program():
     hlo = """
-      %a = (f32[2,3]{1,0}, f32[]) all-reduce(%x, %y), replica_groups={}
+      %a = (f32[2,3]{1,0}, /*index=5*/f32[]) all-reduce(%x, %y), replica_groups={}
       %b = f32[8]{0} all-gather-start(%z), dimensions={0}
       %c = f32[5]{0} add(%u, %v), metadata={op_name="all-to-all("}
     """
