@@ -203,7 +203,7 @@ _COUNTS = (
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that would fail only after training, or without sense."""
-    least = dict.fromkeys(_COUNTS, 1)
+    least: dict[str, int] = dict.fromkeys(_COUNTS, 1)
     least |= {"use_tasks": 2 if config.use_tasks else 0, "use_ways": 2}
     least |= dict.fromkeys(("num_validation_tasks", "num_choice_tasks", "num_test_tasks"), 2)
     if config.model == "attention_pixelcnn":

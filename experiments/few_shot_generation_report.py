@@ -73,7 +73,8 @@ def report(
     _print_table(config, learner, by_shots, title)
     file = config.run_dir / "nll_by_shots.npz"
     with writing(file):
-        np.savez(file, **{str(n): nll.per_task for n, nll in figures.items()})
+        per_task: dict[str, Any] = {str(n): nll.per_task for n, nll in figures.items()}
+        np.savez(file, **per_task)
     plot_nll_by_shots(
         {config.model: figures},
         config.run_dir / "nll_by_shots.png",

@@ -9,7 +9,7 @@ on validation classes.
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ Candidate = TypeVar("Candidate")
 class Adaptation(NamedTuple):
     """How to adapt, and the negative log-likelihood on the tasks by which that was chosen."""
 
-    candidate: object
+    candidate: Any
     num_steps: int
     nll: Estimate
 

@@ -95,4 +95,5 @@ def _log_probs(
 ) -> Float[Array, " examples"]:
     """Of several examples with a set in common, each with a mask of its own."""
     keys = task_keys(key, count_tasks(given.example))
-    return jax.vmap(log_prob, in_axes=(None, Given(0, None, 0), 0))(params, given, keys)
+    axes: Any = Given(example=0, memory=None, present=0)  # pyright: ignore[reportArgumentType]
+    return jax.vmap(log_prob, in_axes=(None, axes, 0))(params, given, keys)

@@ -81,7 +81,8 @@ class AttentionPixelCNN(nn.Module):
         ]
         # Of the set.
         self.stem = [Conv(self.features, (5, 5)), Conv(self.features, (3, 3))]
-        self.cells = Conv(self.features, (self.stride + 1,) * 2, strides=(self.stride,) * 2)
+        window, stride = (self.stride + 1, self.stride + 1), (self.stride, self.stride)
+        self.cells = Conv(self.features, window, strides=stride)
         self.key, self.value = nn.Dense(self.num_keys), nn.Dense(self.features)
         normal, num_cells = nn.initializers.normal(1.0), math.prod(self._grid())
         self.cell_places = self.param("cell_places", normal, (num_cells, self.num_keys))
