@@ -116,6 +116,7 @@ def test_without_shots_a_bound_is_that_of_the_ordinary_code_with_its_keys():
     np.testing.assert_allclose(by_shots.per_task, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_importance_sampled_figures_fall_with_samples():
     figures = []
     for num_samples in (1, 10, 1000):

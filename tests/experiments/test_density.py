@@ -27,12 +27,17 @@ def config_of(name, **settings):
 
 # Flows take both kinds of values by one path, and to trace them takes longest.
 FLOWS = ("realnvp", "glow", "maf", "spline", "flow_matching")
+SLOW = ("realnvp", "flow_matching")
 OTHERS = [name for name in get_args(ModelName) if name not in FLOWS]
 
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [(name, "levels") for name in get_args(ModelName)] + [(name, "dynamic") for name in OTHERS],
+    [
+        *((name, "levels") for name in get_args(ModelName) if name not in SLOW),
+        *((name, "dynamic") for name in OTHERS),
+        *(pytest.param(name, "levels", marks=pytest.mark.slow) for name in SLOW),
+    ],
 )
 def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_image(name, values):
     config = config_of(name, values=values)

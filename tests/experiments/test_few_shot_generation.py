@@ -50,7 +50,11 @@ def pictures(num_classes=4, size=8, seed=0):
     ("learner", "model"),
     [
         *((learner, "vae") for learner in ("maml", "fomaml", "reptile", "meta_sgd", "scratch")),
-        *(("maml", model) for model in ("conv_vae", "pixelcnn", "flow", "flow_matching")),
+        ("maml", "pixelcnn"),
+        *(
+            pytest.param("maml", model, marks=pytest.mark.slow)
+            for model in ("conv_vae", "flow", "flow_matching")
+        ),
         ("pretrained", "pixelcnn"),
         ("reptile", "gan"),
         ("amortised", "set_vae"),

@@ -51,6 +51,7 @@ def test_every_method_has_a_direction_and_features(name, dataset):
         assert drawn.shape == (len(method.rows), *images.shape)
 
 
+@pytest.mark.slow
 def test_features_that_know_the_class_are_worth_most_and_noise_is_at_chance(monkeypatch):
     monkeypatch.setattr(representation_report, "TASKS", ((5, 2),))
     rng = np.random.default_rng(0)

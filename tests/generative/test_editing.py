@@ -82,6 +82,7 @@ def test_completions_by_a_flow_have_the_conditional_distribution_of_a_gaussian(n
     np.testing.assert_allclose(np.cov(drawn[:, 1:].T), spread, atol=0.1 * spread.max())
 
 
+@pytest.mark.slow
 def test_completions_by_a_bent_flow_have_the_density_on_the_line_of_what_is_known():
     """Against the density of a coupling along that line, by quadrature."""
     flow = realnvp(num_layers=2, hidden_sizes=(6,))

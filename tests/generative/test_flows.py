@@ -259,6 +259,7 @@ def test_a_flow_of_one_layer_learns_a_gaussian_to_its_entropy():
     assert abs(losses[-1] - entropy) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "conditional"), [((28, 28, 1), False), ((32, 32, 3), True)])
 def test_flows_of_images_take_those_of_28_and_32_pixels(shape, conditional):
     batch = jax.ShapeDtypeStruct((2, *shape), jnp.float32)

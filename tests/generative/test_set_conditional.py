@@ -63,6 +63,7 @@ def test_every_prediction_has_noise_of_its_own():
     np.testing.assert_allclose(noise, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_set_vae_trains_through_it_and_the_set_helps():
     """Sets of one of two constant pictures: what an example is, can only be known of another."""
     net = SetVAE((4,), num_context=2, num_latents=1, num_features=4, num_units=8)

@@ -76,7 +76,7 @@ from pathlib import Path
 def slow(state, data):
     time.sleep(0.002)
     return t.STEP(state, data)
-t.run(Path(sys.argv[1]), step_fn=slow, num_steps=400, resume=True, save_every=3)
+t.run(Path(sys.argv[1]), step_fn=slow, num_steps=250, resume=True, save_every=3)
 """
 
 
@@ -94,9 +94,9 @@ def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
             time.sleep(moments.uniform(0, 0.3))
             assert child.poll() is None, child.stderr.read().decode()
             os.kill(child.pid, signal.SIGKILL)
-    assert saved_steps(killed / LATEST)[-1] < 400
-    again = run(killed, num_steps=400, resume=True)
-    result = run(whole, num_steps=400, save_every=1000)
+    assert saved_steps(killed / LATEST)[-1] < 250
+    again = run(killed, num_steps=250, resume=True)
+    result = run(whole, num_steps=250, save_every=1000)
     assert lines(killed) == lines(whole)
     assert_same(again.state, result.state)
     assert_same(again.best_params, result.best_params)

@@ -67,6 +67,7 @@ def test_the_loss_equals_a_loop_over_steps_contexts_and_candidates():
     np.testing.assert_allclose(metrics["last_step"], steps[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_on_eight_devices_it_is_the_same_and_every_patch_is_changed_by_itself():
     def noise(key, patch):
         return patch + jax.random.normal(key, patch.shape, patch.dtype)
