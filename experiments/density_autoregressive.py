@@ -27,7 +27,7 @@ from metagen_jax.types import Params, PRNGKey
 def made(config: Config, shape: Shape) -> Model:
     """MADE over the values of an image in the order of reading."""
     num_params = num_value_params(config)
-    net = MADE(config.hidden_sizes, num_params, activation=jnp.tanh)
+    net = MADE(config.hidden_sizes, num_params, direct=True)
 
     def outputs(params: Params, image: Array) -> Array:
         apply: Callable[..., Any] = net.apply
