@@ -23,7 +23,7 @@ What says how many there are, on TPUs, SLURM, Open MPI and Kubernetes, is read b
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -74,22 +74,24 @@ def start_hosts(
 
 
 @contextmanager
-def deadline(seconds: float | None, what: str) -> Iterator[None]:
+def deadline(seconds: float | None, describe: Callable[[], str]) -> Iterator[None]:
     """Ends this process if the body takes longer: a collective can't be interrupted otherwise.
 
     Args:
       seconds: None waits for ever.
-      what: the line to leave on stderr.
+      describe: gives the line to leave on stderr.
     """
     if seconds is None:
         yield
         return
 
     def end() -> None:
-        # No exit handlers: they would wait for the process that hangs.
-        os.write(2, f"\nerror: {what}\n".encode())
-        sys.stderr.flush()
-        os._exit(EXIT_STATUS)
+        try:
+            os.write(2, f"\nerror: {describe()}\n".encode())
+            sys.stderr.flush()
+        finally:
+            # No exit handlers: they would wait for the process that hangs.
+            os._exit(EXIT_STATUS)
 
     timer = threading.Timer(seconds, end)
     timer.daemon = True

@@ -143,7 +143,7 @@ def ended(monkeypatch):
 
 
 def test_a_deadline_ends_the_process_with_a_line_that_says_why(ended, capfd):
-    with deadline(0.05, "step 3 takes more than 0.05 s"):
+    with deadline(0.05, lambda: "step 3 takes more than 0.05 s"):
         time.sleep(0.5)
     assert ended == [EXIT_STATUS]
     assert "error: step 3 takes more than 0.05 s\n" in capfd.readouterr().err
@@ -151,9 +151,9 @@ def test_a_deadline_ends_the_process_with_a_line_that_says_why(ended, capfd):
 
 @pytest.mark.parametrize("seconds", [None, 0.2])
 def test_a_deadline_that_is_kept_does_nothing(ended, seconds):
-    with deadline(seconds, "late"):
+    with deadline(seconds, lambda: "late"):
         pass
-    with pytest.raises(ZeroDivisionError), deadline(seconds, "late"):
+    with pytest.raises(ZeroDivisionError), deadline(seconds, lambda: "late"):
         raise ZeroDivisionError
     time.sleep(0.4)
     assert ended == []

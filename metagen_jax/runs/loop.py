@@ -132,19 +132,22 @@ class Loop:
     @contextlib.contextmanager
     def watch(self, step: int) -> Iterator[None]:
         """Ends the run with an error where a step fails or hangs because another process does."""
-        kept = f"{self.last_checkpoint()}; start all processes again, to resume (--resume)"
         # The first step is compiled, which takes as long as it takes.
         seconds = self.step_deadline if self.compiled else None
-        with deadline(seconds, f"step {step} takes more than {seconds} s; {kept}"):
+
+        def describe(what: str) -> str:
+            kept = self.last_checkpoint()
+            return f"step {step} {what}; {kept}; start all processes again, to resume (--resume)"
+
+        with deadline(seconds, lambda: describe(f"takes more than {seconds} s")):
             try:
                 yield
             except jax.errors.JaxRuntimeError as error:
                 if jax.process_count() == 1:
                     raise
-                raise TrainingError(
-                    f"step {step} failed, as when another of the {jax.process_count()} processes "
-                    f"has gone ({one_line(error)}); {kept}"
-                ) from error
+                others = f"another of the {jax.process_count()} processes has gone"
+                what = f"failed, as when {others} ({one_line(error)})"
+                raise TrainingError(describe(what)) from error
 
     def validate_params(self, step: int, params: Params) -> bool:
         """Validates, and keeps the parameters if they are the best so far; says whether."""
