@@ -1,5 +1,6 @@
 """Fixtures for all tests."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,9 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and version("jaxlib").sta
 import jax
 import pytest
 from jaxtyping import config, install_import_hook
+
+# The collector would go through all that JAX keeps, thousands of times.
+gc.set_threshold(100_000, 20, 50)
 
 # The types and shapes in signatures are checked wherever a test calls, here and nowhere else.
 install_import_hook("metagen_jax", "type_checker.check_types")

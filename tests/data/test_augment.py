@@ -169,6 +169,7 @@ def test_pixels_are_dropped_at_their_rate_with_all_channels():
     assert not np.asarray(drop_pixels(KEY, image, rate=1.0)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "augment",
     [

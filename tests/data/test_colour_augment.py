@@ -91,6 +91,7 @@ def test_pictures_are_grey_as_often_as_asked():
     np.testing.assert_allclose(results[is_grey][0, ..., 0], luma, atol=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [colour_jitter, random_grey])
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
 def test_jit_and_vmap_give_the_same_and_the_kind_stays(augment, dtype):

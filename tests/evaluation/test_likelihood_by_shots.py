@@ -103,6 +103,7 @@ INFER = gaussian_inference(
 )
 
 
+@pytest.mark.slow
 def test_without_shots_a_bound_is_that_of_the_ordinary_code_with_its_keys():
     bound = importance_sampled_log_prob(INFER, num_samples=5)
     log_probs = adapted_log_probs(LOSS, bound, rule=optax.sgd, num_steps=5)

@@ -46,6 +46,7 @@ def test_letters_come_from_the_part_asked_and_are_ink_between_0_and_1():
     np.testing.assert_array_equal(np.bincount(labels), NUM_EXAMPLES // NUM_CLASSES)
 
 
+@pytest.mark.slow
 def test_a_curve_is_that_of_a_plain_loop():
     (curve,) = loss_curves(
         jnp.float32(0.1),

@@ -29,7 +29,7 @@ def config_of(name, **settings):
     return replace(with_method(PRESETS["smoke"], Config(method=name)), **settings)
 
 
-@pytest.mark.parametrize("dataset", ["glyphs", "cifar10"])
+@pytest.mark.parametrize("dataset", ["glyphs", pytest.param("cifar10", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", get_args(MethodName))
 def test_every_method_has_a_direction_and_features(name, dataset):
     if name == "colorization" and dataset == "glyphs":

@@ -220,6 +220,7 @@ def test_numbers_that_are_not_whole_are_drawn_too():
     assert (sample[2:] != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_FAST)
 def test_tasks_with_parameters_of_their_own_under_vmap_are_a_loop(name):
     """Log-probability, gradient and samples."""
@@ -244,6 +245,7 @@ def test_tasks_with_parameters_of_their_own_under_vmap_are_a_loop(name):
     chex.assert_trees_all_close(vmapped, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_FAST)
 def test_maml_over_a_model_equals_finite_differences(name):
     net = {

@@ -178,6 +178,7 @@ def variational_bound(parameters, key, value):
 PARAMETERS = {"slope": 0.2, "bias": -0.1, "log_std": 0.3, "means": MEANS}
 
 
+@pytest.mark.slow
 def test_gradient_equals_finite_differences_under_jit_and_vmap(float64):
     """With respect to the density's parameters and those of the noise, through the samples."""
     grad_fn = jax.jit(jax.value_and_grad(variational_bound))

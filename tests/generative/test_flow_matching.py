@@ -187,6 +187,7 @@ def test_loss_equals_a_loop_over_examples(float64, sigma_min):
         assert metrics == {}
 
 
+@pytest.mark.slow
 def test_velocity_of_the_closed_form_is_the_best(float64):
     """The gradient of the expected loss by its moments is zero, within five standard errors."""
     root_covariance = jnp.asarray(root(COVARIANCE))
@@ -205,6 +206,7 @@ def test_velocity_of_the_closed_form_is_the_best(float64):
     assert (np.abs(grads["mean"]) > 0.05).all()
 
 
+@pytest.mark.slow
 def test_second_order_through_maml_equals_finite_differences(float64):
     for loss_fn in (
         flow_matching_loss(tanh_velocity),
@@ -218,6 +220,7 @@ def test_second_order_through_maml_equals_finite_differences(float64):
         chex.assert_trees_all_close(actual, numerical, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_vmap_over_tasks_of_parameters_equals_a_loop(float64):
     """Loss, sample, log-density and the gradients of each."""
     log_prob = flow_matching_log_prob(tanh_velocity, num_steps=4)
@@ -246,6 +249,7 @@ def test_vmap_over_tasks_of_parameters_equals_a_loop(float64):
     )
 
 
+@pytest.mark.slow
 def test_loss_over_devices_is_the_same_as_on_one(float64):
     grad_fn = gradients(flow_matching_loss(tanh_velocity))
     batch = data(num=8)

@@ -119,6 +119,7 @@ def test_log_prob_worked_by_hand():
     np.testing.assert_allclose(log_prob, -0.5 - np.log(2 * np.pi * 12), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", flows("realnvp", "spline_flow", "maf"))
 def test_tasks_under_vmap_equal_a_loop_in_log_prob_samples_and_gradients(name):
     flow, shape = FLOWS[name]
@@ -186,6 +187,7 @@ def test_conditional_samples_follow_their_condition(float64):
         np.testing.assert_allclose(z, jax.random.normal(jax.random.split(KEY, 1)[0], 3), rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", flows("maf"))
 def test_maml_over_a_flow_differentiates_to_second_order(float64, name):
     """Along some directions, against finite differences of the loss after two inner steps."""
@@ -274,6 +276,7 @@ def test_flows_of_images_take_those_of_28_and_32_pixels(shape, conditional):
         assert x.shape == shape
 
 
+@pytest.mark.slow
 def test_bits_per_dimension_of_images_at_the_start():
     """Data-dependent initialisation has normalised all channels: next to a Gaussian's bits."""
     images = np.random.default_rng(0).integers(0, 256, (16, 4, 4, 1))

@@ -213,6 +213,7 @@ def flat(params):
     return jax.flatten_util.ravel_pytree(params)
 
 
+@pytest.mark.slow
 def test_derivatives_of_the_field_hold_the_cross_terms(float64):
     """All of its Jacobian by finite differences: not symmetric, with both players in each row."""
     params, batch = example()
@@ -236,6 +237,7 @@ def test_derivatives_of_the_field_hold_the_cross_terms(float64):
     assert jnp.abs(cross[0] - cross[1].T).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_meta_gradient_through_adaptation_equals_finite_differences(float64):
     """`J^T v`, the adapted parameters' Jacobian J by finite differences of their products."""
     params, support = example()
@@ -289,6 +291,7 @@ def test_vmap_over_tasks_of_parameters_equals_a_loop(float64):
     )
 
 
+@pytest.mark.slow
 def test_a_batch_over_devices_or_tasks_is_the_same_as_on_one(float64):
     params, batch = example(num_examples=8)
     expected = jax.jit(FIELD)(params, batch, KEY)
@@ -311,6 +314,7 @@ def test_finite_at_extreme_scores_in_float32(name, size):
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(results))
 
 
+@pytest.mark.slow
 def test_generator_moves_once_in_so_many_steps_and_slow_leaves_follow():
     """A training step with a moving average; weight decay is kept from what is slow."""
     params, batch = jax.tree.map(lambda x: x.astype(jnp.float32), example())

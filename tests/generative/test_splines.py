@@ -120,6 +120,7 @@ def test_gradients_of_first_and_second_order_equal_finite_differences(float64, f
     chex.assert_trees_all_close(grads, numerical, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [spline, inverse])
 def test_jit_and_vmap_over_tasks_change_nothing(float64, function):
     def value_and_grads(x, *theta):

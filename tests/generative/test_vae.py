@@ -286,6 +286,7 @@ def tasks_of(name, num_tasks):
     return stacked, jnp.asarray(examples, float)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("name", MODELS)
 def test_vmap_over_tasks_is_a_loop_in_value_and_gradient(name):
@@ -301,6 +302,7 @@ def test_vmap_over_tasks_is_a_loop_in_value_and_gradient(name):
         chex.assert_trees_all_close(alone(*own), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_maml_over_a_bound_has_the_gradient_of_finite_differences():
     params, batches = jax.tree.map(lambda x: x[0], tasks_of("gaussian", 1))

@@ -184,6 +184,7 @@ def test_order_does_not_matter_and_absent_images_are_not_there():
     assert np.abs(there - empty).min() > 1e-6  # Every pixel is told of the set.
 
 
+@pytest.mark.slow
 def test_vmap_jit_and_one_at_a_time_are_the_same_and_every_parameter_counts():
     given, queries, weights = images(2, seed=1), images(3), params()
     present = np.tri(3, 2, -1, dtype=bool)

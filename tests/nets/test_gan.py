@@ -18,6 +18,7 @@ def labels_of(num_classes, num=3):
     return None if num_classes is None else jnp.arange(num) % num_classes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_classes", [None, 2])
 def test_each_image_depends_on_its_own_vector_and_each_score_on_its_own_image(num_classes):
     generator = Generator(SMALL, num_filters=8, num_classes=num_classes)

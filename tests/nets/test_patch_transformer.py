@@ -74,6 +74,7 @@ def test_a_block_in_numpy():
     np.testing.assert_allclose(block.apply(params, x)[0], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_not_shown_changes_nothing_and_what_is_shown_everything(params):
     def drawn(images):
         return NET.apply(params, images, SHOWN)

@@ -133,6 +133,7 @@ def test_a_condition_moves_every_pixel():
     assert np.abs(change).min() > 1e-6
 
 
+@pytest.mark.slow
 def test_batch_axes_vmap_jit_and_one_image_at_a_time_are_the_same():
     net = PixelCNN(2, features=3, num_layers=2, first_kernel_size=3)
     images = np.random.default_rng(0).integers(0, 2, size=(2, 3, 4, 4, 1))

@@ -127,6 +127,7 @@ def test_probabilities_of_all_binary_images_add_up_to_one(recurrence, shape, con
     assert np.ptp(log_probs) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recurrence", LAYERS)
 def test_batch_axes_vmap_jit_and_one_image_at_a_time_are_the_same(recurrence):
     net = PixelRNN(2, recurrence, features=2, num_layers=2)

@@ -42,6 +42,7 @@ def test_blocks_whose_last_norm_is_zero_pass_on_what_comes_in():
     np.testing.assert_allclose(net.apply({"params": params}, images), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_each_image_is_by_itself_unless_the_batch_normalises():
     images = jax.random.normal(KEY, (3, 8, 8, 1))
     for norm in ("group", "batch"):

@@ -68,6 +68,7 @@ def test_derivatives_up_to_the_second_equal_finite_differences(float64):
     np.testing.assert_array_equal(jax.grad(spectral_norm, argnums=1)(kernel, vector), 0)
 
 
+@pytest.mark.slow
 def test_every_kernel_of_a_net_gets_the_norm_one_and_nothing_else_changes():
     net = Conv4(5, num_filters=4, norm="none")
     images = jax.random.normal(KEY, (2, 16, 16, 1))

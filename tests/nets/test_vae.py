@@ -81,6 +81,7 @@ def test_the_ladder_multiplies_what_it_knows_from_below_and_above():
     np.testing.assert_allclose(top.posterior.mean, of_data / precision * mean, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_ladder_draws_each_level_from_its_posterior_and_samples_from_the_prior():
     x = jax.random.normal(KEY, (5,))
     params = LADDER.init(KEY, x, KEY)

@@ -45,6 +45,7 @@ def test_mlp_equals_numpy_and_starts_at_zero():
     np.testing.assert_allclose(actual, hidden @ head["kernel"] + head["bias"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_unet_starts_at_zero_and_sees_all_of_the_image_the_time_and_the_condition():
     image, condition = jax.random.normal(KEY, IMAGE), jnp.array([1.0, -2.0])
     variables = jax.jit(UNET.init)(KEY, image, 0.5, condition)

@@ -113,6 +113,7 @@ def fringed_pictures(key, num_images, size=17):
     return jnp.cos(jnp.stack([phase, phase + angle[:, None], phase + angle], axis=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("augment", [None, drop_colours])
 def test_colour_fringes_tell_the_direction_unless_colours_are_dropped(augment):
     """A linear classifier of how channels agree; the fixed features hold the whole shortcut."""
@@ -184,6 +185,7 @@ def test_losses_of_content_equal_loops():
     np.testing.assert_allclose(loss_fn(params, images, KEY)[0], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_neighbours_of_all_devices_are_candidates():
     with jax.enable_x64(True):
         params, images = adjacent_example(jnp.float64)

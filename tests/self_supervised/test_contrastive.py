@@ -250,6 +250,7 @@ def test_bfloat16_is_scored_in_float32():
     np.testing.assert_array_equal(nt_xent(z_a, z_b, temperature=0.05), exact)
 
 
+@pytest.mark.slow
 def test_maml_over_nt_xent_to_second_order(float64):
     """The meta-gradient by the library's mixed mode equals plain reverse over reverse."""
     support, query = (jnp.asarray(pairs(seed)) for seed in (0, 1))
