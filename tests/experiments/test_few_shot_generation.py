@@ -153,7 +153,7 @@ def test_models_and_learners_bring_their_settings_and_flags_win():
 
     attention = parse("--preset", "omniglot-lake", "--model", "attention_pixelcnn")
     assert (attention.learner, attention.train_shots) == ("amortised", 9)
-    assert attention.resampling == "corner"
+    assert (attention.resampling, attention.steps) == ("corner", 4500)
     assert attention.run_dir.name == "few_shot_generation-omniglot-lake-attention_pixelcnn"
     reptile = parse("--learner", "reptile", "--inner-steps", "7")
     assert (reptile.outer_optimizer, reptile.inner_steps) == ("sgd", 7)
