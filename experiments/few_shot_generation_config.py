@@ -58,7 +58,7 @@ class Config:
     """Query examples in training."""
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
     """Of the steps on a support set; Reptile has its own."""
-    inner_rate: float = 1e-3
+    inner_rate: float = 2e-4
     """Learning rate of the inner loop, or where the learned ones start."""
     inner_steps: int = 3
     """Inner steps in training."""
