@@ -13,8 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
 from metagen_jax.nets.mlp import MLP
-from metagen_jax.nets.vae import Gaussian, Level
-from metagen_jax.nets.vae import _mean_and_log_std as mean_and_log_std
+from metagen_jax.nets.vae import Gaussian, Level, mean_and_log_std
 from metagen_jax.types import AnyArray, PRNGKey
 
 

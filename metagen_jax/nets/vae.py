@@ -61,7 +61,7 @@ class DenseVAE(nn.Module):
 
     def encode(self, x: Float[AnyArray, "*shape"]) -> Gaussian:
         """Mean and log standard deviation of `q(z | x)`, or of what a flow makes the latents of."""
-        return _mean_and_log_std(self.encoder(jnp.ravel(x))[: 2 * self.num_latents])
+        return mean_and_log_std(self.encoder(jnp.ravel(x))[: 2 * self.num_latents])
 
     def encode_with_context(
         self, x: Float[AnyArray, "*shape"]
@@ -69,7 +69,7 @@ class DenseVAE(nn.Module):
         """Mean, log standard deviation and context."""
         outputs = self.encoder(jnp.ravel(x))
         gaussian, context = jnp.split(outputs, [2 * self.num_latents])
-        mean, log_std = _mean_and_log_std(gaussian)
+        mean, log_std = mean_and_log_std(gaussian)
         return mean, log_std, context
 
     def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape params"]:
@@ -115,7 +115,7 @@ class ConvVAE(nn.Module):
         x = x[None]
         for conv in self.down:
             x = self.activation(conv(x))
-        return _mean_and_log_std(self.to_latents(x.ravel()))
+        return mean_and_log_std(self.to_latents(x.ravel()))
 
     def decode(self, z: Float[AnyArray, " latents"]) -> Float[Array, "*shape params"]:
         """Parameters of `p(x | z)`, `(*shape, num_params)`."""
@@ -171,7 +171,7 @@ class LadderVAE(nn.Module):
         evidence, hidden = [], jnp.ravel(x)
         for up, out in zip(self.up, self.evidence, strict=True):
             hidden = up(hidden)
-            evidence.append(_mean_and_log_std(out(hidden)))
+            evidence.append(mean_and_log_std(out(hidden)))
         return self._descend(key, evidence)
 
     def sample(self, key: PRNGKey) -> Float[Array, "*shape params"]:
@@ -188,11 +188,12 @@ class LadderVAE(nn.Module):
             levels.append(Level(z, posterior, prior))
             below = self.down[i](z)
             if i:
-                prior = _mean_and_log_std(below)
+                prior = mean_and_log_std(below)
         return below.reshape(*self.shape, self.num_params), levels
 
 
-def _mean_and_log_std(outputs: Float[Array, " twice"]) -> Gaussian:
+def mean_and_log_std(outputs: Float[Array, " twice"]) -> Gaussian:
+    """A Gaussian from as many means and then logarithms, the latter kept within their bound."""
     mean, raw = jnp.split(outputs, 2)
     return Gaussian(mean, _MAX_LOG_STD * jnp.tanh(raw / _MAX_LOG_STD))
 
