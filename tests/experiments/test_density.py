@@ -66,6 +66,7 @@ def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_image(name, valu
         assert (completed.shape, completed.dtype) == (SHAPE, jnp.int32)
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path):
     config = replace(config_of("made"), run_dir=tmp_path)
     numbers = density.main(config)

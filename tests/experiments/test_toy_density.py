@@ -26,6 +26,7 @@ def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_point(name):
     assert jax.eval_shape(model.sample, params, KEY).shape == (2,)
 
 
+@pytest.mark.slow
 def test_a_run_integrates_what_it_learned_and_draws_it(tmp_path):
     config = replace(
         PRESETS["smoke"],

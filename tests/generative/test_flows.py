@@ -85,7 +85,7 @@ def params_of(flow, shape, num_condition=None, **options):
     return moved(jax.jit(flow.init)(KEY, *batch), **options)
 
 
-@pytest.mark.parametrize("num_condition", [None, 2])
+@pytest.mark.parametrize("num_condition", [None, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VECTORS)
 def test_densities_in_two_dimensions_integrate_to_one(name, num_condition):
     flow = VECTORS[name]
@@ -144,6 +144,7 @@ def test_tasks_under_vmap_equal_a_loop_in_log_prob_samples_and_gradients(name):
     assert jnp.abs(together[1][0] - together[1][1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_an_inverse_autoregressive_flow_by_its_equations(float64):
     """`z_i = m_i(u_<i, c) + exp(s_i(u_<i, c)) u_i`, then the same in reversed order."""
     flow = VECTORS["iaf"]

@@ -34,7 +34,7 @@ def pixelcnn():
     return net, negative_log_likelihood_loss(autoregressive_log_prob(net.apply, bernoulli_log_prob))
 
 
-@pytest.mark.parametrize("model", [vae, pixelcnn])
+@pytest.mark.parametrize("model", [vae, pytest.param(pixelcnn, marks=pytest.mark.slow)])
 def test_the_meta_gradient_with_fixed_noise_equals_finite_differences(model):
     with jax.enable_x64(True):
         net, loss_fn = model()

@@ -162,6 +162,7 @@ def embed(params, patches):
     return linear(params["embed"], patches)
 
 
+@pytest.mark.slow
 def test_losses_of_content_equal_loops():
     params, images = adjacent_example()
     pair = sample_patch_pairs(KEY, images, **SIZES)

@@ -108,6 +108,7 @@ def test_positives_of_a_device_are_its_own_pairs_and_its_classes_elsewhere():
     np.testing.assert_allclose(of_devices, [[found, 0], [found, 0]], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_single_row_on_each_device_has_the_others_for_candidates():
     z = np.random.default_rng(0).normal(size=(4, 1, 3)).astype(np.float32)
     labels = jnp.asarray([[0], [1], [0], [2]])
