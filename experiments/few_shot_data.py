@@ -145,10 +145,11 @@ def training_episodes(config: Config, data: ClassData) -> tuple[PyTree, Sample]:
         )
     images = data.examples
     num_clusters = min(NUM_CLUSTERS, len(images) // 20)
-    if num_clusters < train.num_ways:
+    needed = max(2, -(-train.num_ways // config.rotations))
+    if num_clusters < needed:
         raise UserError(
             f"there are {len(images)} pictures to train with, for {train.num_ways}-way episodes of "
-            f"clusters of 20; give {20 * train.num_ways} or more"
+            f"clusters of 20 in {config.rotations} turns; give {20 * needed} or more"
         )
     clusters = cluster_classes(
         jax.random.key(config.seed),
