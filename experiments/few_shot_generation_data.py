@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import rich.progress
 from jaxtyping import Array
 
+from experiments.decoding import decoding
 from experiments.few_shot_generation_config import Config
 from metagen_jax.data.classes import LabelledImages, select_classes
 from metagen_jax.data.episodes import ClassData, check_episodes, group_by_class, sample_batch
@@ -31,8 +31,7 @@ class Splits(NamedTuple):
 def load_splits(config: Config) -> Splits:
     """The images of training, validation and test classes, checked to suffice for the episodes."""
     prefix = f"{config.split}/" if config.dataset == "omniglot" else ""
-    with rich.progress.Progress(transient=True) as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=None)
+    with decoding(config.dataset) as progress:
         train, val, test = (
             load_images(
                 config.dataset,
@@ -40,7 +39,7 @@ def load_splits(config: Config) -> Splits:
                 data_dir=config.data_dir,
                 size=config.image_size,
                 resampling=config.resampling,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=progress,
             )
             for part in PARTS
         )

@@ -104,6 +104,8 @@ def draw(
     """
     _draw_samples(config, learner, rows, test, sample_test, title, test_seed)
     drawn = ["samples.png"]
+    if learner.log_probs is not None:
+        drawn.append("nll_by_shots.png")
     if (config.run_dir / "metrics.jsonl").exists():
         _draw_learning_curve(config.run_dir, f"{title}: training")
         drawn.append("learning_curve.png")
@@ -158,13 +160,13 @@ def _draw_samples(
     _, before = samples(keys, test, rows[0].params, 0, 0)
     support, after = samples(keys, test, chosen.params, chosen.num_steps, num_shots)
     support = support.astype(jnp.float32)
-    between = jnp.full((NUM_ROWS, 1, *support.shape[2:]), 0.5)
+    between = jnp.ones((NUM_ROWS, 1, *support.shape[2:]))
     images = jnp.concatenate([support, between, before, between, after], axis=1)
     plot_image_grid(
         np.asarray(images, np.float32),
         config.run_dir / "samples.png",
         title=title,
-        note=f"{num_shots} images of an unseen class; {NUM_SAMPLES} samples without them; "
+        note=f"support images of an unseen class; {NUM_SAMPLES} samples without them; "
         f"{NUM_SAMPLES} with them",
     )
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.progress
 from jaxtyping import Array, Float, Int, UInt8
 
+from experiments.decoding import decoding
 from experiments.representation_config import Config, DatasetName
 from metagen_jax.data.augment import (
     elastic,
@@ -51,15 +51,14 @@ def is_characters(config: Config) -> bool:
 def load_splits(config: Config) -> Splits:
     """The images; characters as ink, 28 pixels a side, with all their quarter turns."""
     parts = []
-    with rich.progress.Progress(transient=True) as bar:
-        task = bar.add_task(f"decoding {config.dataset}", total=None)
+    with decoding(config.dataset) as progress:
         for split in _SPLITS[config.dataset]:
             loaded = load_images(
                 config.dataset,
                 split,
                 data_dir=config.data_dir,
                 size=28 if is_characters(config) else None,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=progress,
             )
             parts.append(_prepare(config, loaded.images, loaded.labels))
     return Splits(*parts)
