@@ -64,7 +64,43 @@ def reptile_gradients(
       A `GradFn` over `Episode(support, query)` whose metrics are those of `loss_fn` on the query
       after the last step, and that `loss`. The query has no part in the direction.
     """
-    grad_fn = gradients(loss_fn)
+    return reptile_over_gradients(
+        gradients(loss_fn),
+        inner_optimizer=inner_optimizer,
+        num_steps=num_steps,
+        batch_at=batch_at,
+        trainable=trainable,
+        carry_state=carry_state,
+    )
+
+
+def reptile_over_gradients(
+    grad_fn: GradFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_steps: int,
+    batch_at: BatchAt | None = None,
+    trainable: Trainable | None = None,
+    carry_state: bool = False,
+) -> GradFn:
+    """Reptile's direction where what is trained is a direction and no loss, as of two players.
+
+    `g = theta - theta_K`, as in `reptile_gradients`, which this is for `gradients(loss_fn)`. Over
+    `metagen_jax.generative.gan.gan_gradients` it is FIGR (Clouatre and Demers 2019): both players'
+    initialisations move towards what they become on the images of one class.
+
+    Args:
+      grad_fn: the direction on support and on query.
+      inner_optimizer: as in `reptile_gradients`, and so are the others.
+      num_steps: inner steps K.
+      batch_at: mini-batches for the inner steps.
+      trainable: which leaves the inner loop moves, by path; None moves all.
+      carry_state: whether the inner optimiser's state goes on from task to task.
+
+    Returns:
+      A `GradFn` over `Episode(support, query)` whose metrics are those of `grad_fn` on the query
+      after the last step.
+    """
 
     def direction(params: Params, episode: Episode, key: PRNGKey) -> tuple[Params, Metrics]:
         adapt_key, query_key = jax.random.split(key)
@@ -82,55 +118,10 @@ def reptile_gradients(
             trainable=trainable,
             batch_at=batch_at,
         )
-        loss, metrics = loss_fn(adapted.params, episode.query, query_key)
+        # The direction on the query is not asked for, so that no compiled program computes it.
+        _, metrics = grad_fn(adapted.params, episode.query, query_key)
         end = MetaParams(adapted.params, adapted.opt_state) if carry_state else adapted.params
-        return optax.tree.sub(params, end), {"loss": loss, **metrics}
-
-    return direction
-
-
-def reptile_over_gradients(
-    grad_fn: GradFn,
-    *,
-    inner_optimizer: optax.GradientTransformation,
-    num_steps: int,
-    batch_at: BatchAt | None = None,
-    trainable: Trainable | None = None,
-) -> GradFn:
-    """Reptile's direction where what is trained is a direction and no loss, as of two players.
-
-    `g = theta - theta_K`, as in `reptile_gradients`, which this is for `gradients(loss_fn)`. Over
-    `metagen_jax.generative.gan.gan_gradients` it is FIGR (Clouatre and Demers 2019): both players'
-    initialisations move towards what they become on the images of one class.
-
-    Args:
-      grad_fn: the direction on support and on query.
-      inner_optimizer: as in `reptile_gradients`, and so are the others; its state is new for each
-        task.
-      num_steps: inner steps K.
-      batch_at: mini-batches for the inner steps.
-      trainable: which leaves the inner loop moves, by path; None moves all.
-
-    Returns:
-      A `GradFn` over `Episode(support, query)` whose metrics are those of `grad_fn` on the query
-      after the last step.
-    """
-
-    def direction(params: Params, episode: Episode, key: PRNGKey) -> tuple[Params, Metrics]:
-        adapt_key, query_key = jax.random.split(key)
-        adapted = adapt(
-            grad_fn,
-            params,
-            episode.support,
-            adapt_key,
-            optimizer=inner_optimizer,
-            num_steps=num_steps,
-            gradient="first_order",
-            trainable=trainable,
-            batch_at=batch_at,
-        ).params
-        _, metrics = grad_fn(adapted, episode.query, query_key)
-        return optax.tree.sub(params, adapted), metrics
+        return optax.tree.sub(params, end), metrics
 
     return direction
 
