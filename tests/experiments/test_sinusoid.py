@@ -159,13 +159,12 @@ def test_tasks_that_the_devices_do_not_divide_are_a_user_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_mean_errors_of_maml_reach_the_published_ones(tmp_path):
-    config = dataclasses.replace(sinusoid.PRESETS["default"], run_dir=tmp_path)
+def test_a_tenth_of_the_training_already_adapts_where_a_pretrained_network_cannot(tmp_path):
+    config = dataclasses.replace(sinusoid.PRESETS["default"], steps=10_000, run_dir=tmp_path)
     numbers = sinusoid.main(config)
-    # The lower ends of the 95 % intervals, as another seed or another machine's rounding moves the
-    # means: seed 0 gave 0.657 ± 0.024 after one step, seed 1 0.667.
-    for step, published in ((1, 0.67), (10, 0.35)):
+    # Seed 0 gave 0.956 ± 0.033 and 0.473 ± 0.022, the whole training 0.657 and 0.231.
+    for step, bound in ((1, 1.2), (10, 0.6)):
         mean, interval = (numbers[f"maml_{what}_after_{step}"] for what in ("mse", "interval"))
-        assert mean - interval < published
-    assert numbers["pretrained_mse_after_10"] > 1
+        assert mean + interval < bound
+    assert numbers["pretrained_mse_after_10"] > 2
     assert numbers["oracle_mse_after_0"] < 0.1

@@ -85,6 +85,7 @@ def test_a_checkpoint_holds_no_pickle(tmp_path):
         assert not (data[:1] == b"\x80" and data[-1:] == b"."), path
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_one_line_or_does_no_harm(tmp_path):
     state, numbers, messages = make_state(), random.Random(0), []
     save_checkpoint(tmp_path / "7", to_host(state), RECORD)

@@ -80,6 +80,7 @@ t.run(Path(sys.argv[1]), step_fn=slow, num_steps=250, resume=True, save_every=3)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_as_one_that_was_not(tmp_path):
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     tests = Path(__file__).parents[1]
