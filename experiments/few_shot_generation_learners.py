@@ -85,7 +85,7 @@ def maml(config: Config, model: Adaptive) -> Learner:
         model.loss_fn,
         inner_optimizer=_inner(config)(config.inner_rate),
         num_steps=config.inner_steps,
-        gradient="first_order" if config.learner == "fomaml" else "reverse",
+        gradient="first_order" if config.learner == "fomaml" else "remat",
     )
     return _by_gradients(
         model,

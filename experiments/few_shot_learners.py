@@ -68,7 +68,7 @@ def maml(config: Config, *, first_order: bool = False, trainable: Trainable | No
         "inner_optimizer": optax.sgd(config.inner_rate),
         "trainable": trainable,
     }
-    gradient = "first_order" if first_order else "reverse"
+    gradient = "first_order" if first_order else "remat"
     loss = maml_loss(loss_fn, num_steps=config.inner_steps, gradient=gradient, **inner)
     predict = maml_predict(
         loss_fn, both_modes(net.apply), num_steps=config.test_steps, every_step=True, **inner
@@ -202,7 +202,7 @@ def maml_plus_plus(config: Config) -> Learner:
         phases = [
             phase("first_order", values["weights"]),
             phase("first_order", None),
-            phase("reverse", None),
+            phase("remat", None),
         ]
         return jax.lax.switch(values["phase"], phases, params, episode, key)
 

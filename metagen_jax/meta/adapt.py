@@ -84,7 +84,7 @@ def adapt(
     *,
     optimizer: optax.GradientTransformation,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
     trainable: Trainable | None = None,
     per_step: Trainable | None = None,
     batch_at: BatchAt | None = None,
@@ -104,12 +104,12 @@ def adapt(
       optimizer: any optax transformation; the module's table says which are safe to differentiate
         through. It begins anew, or by `with_state` with a state.
       num_steps: how many steps; 0 gives `params` back.
-      gradient: "reverse" differentiates through the inner gradients and saves whatever each step
-        computes to this end; "first_order" takes them for constants (Finn et al. 2017, section
-        5.2). "remat" saves only the parameters, the optimiser's state and the direction of each
-        step and computes the rest again. So does "mixed", which is the same here: its other half
-        is a `grad_fn` with a derivative of its own, `mixed_gradients(loss_fn)`. Any `grad_fn` is
-        right with any of them.
+      gradient: "remat" differentiates through the inner gradients; of each step it saves the
+        parameters, the optimiser's state and the direction, and computes the rest again. "reverse"
+        saves whatever each step computes to this end. "mixed" is the same as "remat" here: its
+        other half is a `grad_fn` with a derivative of its own, `mixed_gradients(loss_fn)`. Any
+        `grad_fn` is right with any of them. "first_order" takes the inner gradients for constants
+        (Finn et al. 2017, section 5.2).
       trainable: which leaves move, by path (`"params/head/kernel"`); None moves all. ANIL moves the
         head (Raghu et al. 2020), BOIL all but the head (Oh et al. 2021).
       per_step: which leaves have a leading axis of steps, of which step `i` sees entry `i` (see

@@ -36,7 +36,7 @@ def cavia_loss(
     *,
     inner_optimizer: optax.GradientTransformation,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
 ) -> LossFn:
     """The query loss after adapting the context to the support set, as a loss over one `Episode`.
 
@@ -48,8 +48,8 @@ def cavia_loss(
         gradient with respect to the context must not vanish at zero, or nothing is ever learnt.
       inner_optimizer: any optax transformation; `metagen_jax.meta.adapt` says which are safe.
       num_steps: inner steps K.
-      gradient: "reverse" for the exact meta-gradient, "first_order" to take each inner gradient
-        for a constant; for "remat" and "mixed" see `maml_loss`.
+      gradient: "remat" for the exact meta-gradient, "first_order" to take each inner gradient
+        for a constant; for the others see `maml_loss`.
 
     Returns:
       A `LossFn` over `Episode(support, query)`, its metrics those of `loss_fn` on the query after

@@ -32,7 +32,7 @@ def maml_loss(
     *,
     inner_optimizer: optax.GradientTransformation,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
     trainable: Trainable | None = None,
     per_step: Trainable | None = None,
     query_loss_weights: Float[Array | np.ndarray, " steps"] | None = None,
@@ -49,10 +49,10 @@ def maml_loss(
       loss_fn: the loss of support and of query, each any pytree.
       inner_optimizer: any optax transformation; `metagen_jax.meta.adapt` says which are safe.
       num_steps: inner steps K; 0 gives the plain loss on the query.
-      gradient: "reverse" for the exact meta-gradient, in memory that grows with all that the inner
-        steps compute; "remat" and "mixed" for the same one in memory that grows with parameters
+      gradient: "remat" and "mixed" for the exact meta-gradient in memory that grows with parameters
         and optimiser states alone, each inner step being computed again, by `jax.checkpoint` or
-        as `mixed_gradients` does it; "first_order" for FOMAML.
+        as `mixed_gradients` does it; "reverse" for the same one in memory that grows with all that
+        the inner steps compute; "first_order" for FOMAML.
       trainable: which leaves the inner loop moves, by path; None moves all.
       per_step: which leaves have an entry for each number of inner steps taken; see `adapt`.
       query_loss_weights: `(num_steps,)`, the weight of the query loss after each step.
@@ -110,7 +110,7 @@ def maml_gradients(
     *,
     inner_optimizer: optax.GradientTransformation,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
     trainable: Trainable | None = None,
     per_step: Trainable | None = None,
     batch_at: BatchAt | None = None,

@@ -32,7 +32,7 @@ def proto_maml_loss(
     num_ways: int,
     inner_optimizer: optax.GradientTransformation,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
 ) -> LossFn:
     """MAML's query loss from a head made of prototypes, over one `Episode`.
 

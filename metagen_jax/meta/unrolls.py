@@ -79,7 +79,7 @@ def truncated_unroll(
     *,
     rule: Rule,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
     log_loss: bool = False,
     batch_at: BatchAt | None = None,
 ) -> Unroll:
@@ -94,7 +94,7 @@ def truncated_unroll(
       rule: `rule_params -> optimiser`.
       num_steps: K.
       gradient: "first_order" takes the inner gradients for constants (Andrychowicz et al. 2016);
-        for "remat" and "mixed" see `maml_loss`.
+        for the others see `maml_loss`.
       log_loss: whether to take the logarithm of each loss, to which all orders of magnitude count.
       batch_at: `(examples, step, key) -> batch`, drawn anew for support and for query at each step;
         None takes all of both.

@@ -39,7 +39,7 @@ def learned_rule_loss(
     *,
     rule: Rule,
     num_steps: int,
-    gradient: Gradient = "reverse",
+    gradient: Gradient = "remat",
     trainable: Trainable | None = None,
     per_step: Trainable | None = None,
     query_loss_weights: Float[Array | np.ndarray, " steps"] | None = None,
