@@ -34,6 +34,7 @@ from benchmarks.bench_meta import meta_gradient
 from benchmarks.rows import ROWS, Row, make_example, small
 from benchmarks.work import BYTES, num_params, outer_step
 from experiments.program import num_cores
+from metagen_jax.evaluation import figures
 from metagen_jax.parallel import data_parallel
 
 MOST_DEVICES = 8
@@ -166,19 +167,24 @@ def project(device: Device, row: Row) -> list[dict[str, float]]:
 
 
 def draw(sweeps: dict[str, list[Point]], path: Path) -> None:
-    """Seconds and temporaries of each sweep, on logarithmic axes."""
-    from matplotlib.figure import Figure
+    """Milliseconds and temporaries of each sweep, on logarithmic axes."""
+    from matplotlib.ticker import LogLocator, NullLocator
 
-    figure = Figure(figsize=(3 * len(sweeps), 5), layout="constrained")
-    axes = figure.subplots(2, len(sweeps))
-    for (what, points), column in zip(sweeps.items(), axes.T, strict=True):
-        for axis, quantity in zip(column, ("seconds", "temporaries"), strict=True):
-            shown = [(p.x, getattr(p, quantity)) for p in points if getattr(p, quantity)]
-            axis.loglog(*zip(*shown, strict=True), "o-")
-            axis.set_xlabel(what)
-        column[0].set_ylabel("seconds a step")
-        column[1].set_ylabel("temporaries, MiB")
-    figure.savefig(path, dpi=100)
+    figure = figures.new_figure(3 * len(sweeps), 5.5, "What an outer step costs, and how it grows")
+    axes = figure.subplots(2, len(sweeps), sharex="col", sharey="row", squeeze=False)
+    for (what, points), (above, below) in zip(sweeps.items(), axes.T, strict=True):
+        timed = [p for p in points if p.seconds]
+        above.loglog([p.x for p in timed], [1000 * p.seconds for p in timed if p.seconds], "o-")
+        below.loglog([p.x for p in points], [p.temporaries for p in points], "o-")
+        below.set_ylim(1, 100)
+        for axis, label in (above, "milliseconds a step"), (below, "temporaries, MiB"):
+            axis.set_xticks([p.x for p in points], [f"{p.x:,}" for p in points])
+            axis.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            for minor in (axis.xaxis, axis.yaxis):
+                minor.set_minor_locator(NullLocator())
+            figures.finish(axis, what, label if what == next(iter(sweeps)) else "")
+    figures.save(figure, path)
 
 
 def main() -> None:
