@@ -9,6 +9,7 @@ from metagen_jax.chunks import Chunk, check_chunk
 from metagen_jax.meta.metric import Distance
 from metagen_jax.nets.conv4 import Norm
 
+MatmulDtype = Literal["float32", "bfloat16", "float16"]
 LearnerName = Literal[
     "maml",
     "fomaml",
@@ -83,6 +84,8 @@ class Config:
     """Strided convolutions, as in MAML's Omniglot net; otherwise max-pooling."""
     norm: Norm = "batch"
     """Normalisation: by the current batch, in groups, by layer, or none."""
+    matmul_dtype: MatmulDtype = "float32"
+    """What operands of the convolutions' products are rounded to; sums are float32."""
 
     steps: int = 400
     """Outer steps."""

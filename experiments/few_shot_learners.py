@@ -57,7 +57,7 @@ class Learner(NamedTuple):
 
 def make_net(config: Config, num_outputs: int | None) -> Conv4:
     """The four-block net with so many outputs, or without a head."""
-    return Conv4(num_outputs, config.num_filters, config.strided, config.norm)
+    return Conv4(num_outputs, config.num_filters, config.strided, config.norm, config.matmul_dtype)
 
 
 def maml(config: Config, *, first_order: bool = False, trainable: Trainable | None = None):

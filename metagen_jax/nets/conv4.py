@@ -5,6 +5,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from metagen_jax.errors import UserError
@@ -82,12 +83,15 @@ class Conv4(nn.Module):
       num_filters: channels of each block.
       strided: stride 2 in place of max-pooling.
       norm: "batch" (statistics of the current batch), "group" (8 groups), "layer" or "none".
+      matmul_dtype: what the operands of the convolutions' products are rounded to, such as
+        `jnp.bfloat16`; all else, and their sums, keep the images' type.
     """
 
     num_outputs: int | None
     num_filters: int = 64
     strided: bool = True
     norm: Norm = "batch"
+    matmul_dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -117,7 +121,12 @@ class Conv4(nn.Module):
         x = jnp.asarray(images)
         for block in range(4):
             strides = (2, 2) if self.strided else (1, 1)
-            x = Conv(self.num_filters, strides=strides, name=f"conv{block}")(x)
+            x = Conv(
+                self.num_filters,
+                strides=strides,
+                matmul_dtype=self.matmul_dtype,
+                name=f"conv{block}",
+            )(x)
             x = normalise(x, self.norm, num_reference=num_reference, name=f"norm{block}")
             if not self.strided:
                 x = max_pool_2x2(x)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from metagen_jax.errors import UserError
@@ -81,17 +82,29 @@ class _Shape(NamedTuple):
     window: tuple[int, int]
     strides: tuple[int, int]
     padding: Padding
+    matmul_dtype: DTypeLike | None = None
+
+
+def _round(x: Array, shape: _Shape) -> Array:
+    """An operand of a product, in the dtype that products take."""
+    return x if shape.matmul_dtype is None else x.astype(shape.matmul_dtype)
 
 
 def _outputs(images, kernel, *, shape: _Shape):
     """The convolution: `(n, h, w, c)` and `(kh, kw, c, f)` to `(n, h2, w2, f)`."""
     patches = extract_patches(images, shape.window, shape.strides, shape.padding)
-    return patches @ kernel.reshape(-1, kernel.shape[-1])
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    return jnp.matmul(
+        _round(patches, shape), _round(matrix, shape), preferred_element_type=images.dtype
+    )
 
 
 def _images(outputs, kernel, *, shape: _Shape):
     """Its transpose in the images: `(n, h2, w2, f)` and `(kh, kw, c, f)` to `(n, h, w, c)`."""
-    patches = outputs @ kernel.reshape(-1, kernel.shape[-1]).T
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    patches = jnp.matmul(
+        _round(outputs, shape), _round(matrix, shape).T, preferred_element_type=outputs.dtype
+    )
     images = jax.ShapeDtypeStruct((len(outputs), *shape.size, kernel.shape[2]), outputs.dtype)
     extract = functools.partial(
         extract_patches, window=shape.window, stride=shape.strides, padding=shape.padding
@@ -102,7 +115,12 @@ def _images(outputs, kernel, *, shape: _Shape):
 def _kernel(images, outputs, *, shape: _Shape):
     """Its transpose in the kernel: `(n, h, w, c)` and `(n, h2, w2, f)` to `(kh, kw, c, f)`."""
     patches = extract_patches(images, shape.window, shape.strides, shape.padding)
-    kernel = jnp.einsum("nhwp,nhwf->pf", patches, outputs)
+    kernel = jnp.einsum(
+        "nhwp,nhwf->pf",
+        _round(patches, shape),
+        _round(outputs, shape),
+        preferred_element_type=images.dtype,
+    )
     return kernel.reshape(*shape.window, images.shape[-1], outputs.shape[-1])
 
 
@@ -148,12 +166,15 @@ def convolve(
     *,
     strides: tuple[int, int] = (1, 1),
     padding: Padding = "SAME",
+    matmul_dtype: DTypeLike | None = None,
 ) -> Float[Array, "n h2 w2 f"]:
     """The convolution of `flax.linen.Conv`, as patches times a matrix.
 
     `out[n, y, x, f] = sum_{i, j, c} padded[n, s y + i, s x + j, c] kernel[i, j, c, f]`
 
-    Differentiable to any order, in forward and in reverse mode.
+    Differentiable to any order, in forward and in reverse mode. With a `matmul_dtype` such as
+    `jnp.bfloat16` the operands of every product, in the derivatives too, are rounded to it and
+    summed in their own type; None takes them as they are.
 
     Raises:
       UserError: for images smaller than the kernel where nothing is padded.
@@ -166,7 +187,8 @@ def convolve(
             f"images have {height}x{width} pixels; a {kernel_h}x{kernel_w} kernel needs at least "
             'as many, or give padding="SAME"'
         )
-    shape = _Shape((height, width), (kernel_h, kernel_w), strides, padding)
+    rounded = None if matmul_dtype is None else jnp.dtype(matmul_dtype)
+    shape = _Shape((height, width), (kernel_h, kernel_w), strides, padding, rounded)
     operands = _vary_alike(jnp.asarray(images, dtype), jnp.asarray(kernel, dtype))
     return _outputs_p.bind(*operands, shape=shape)
 
@@ -193,6 +215,7 @@ class Conv(nn.Module):
       strides: step between outputs, down and across.
       use_bias: whether a bias is added.
       padding: "SAME" or "VALID".
+      matmul_dtype: what operands of products are rounded to; see `convolve`.
     """
 
     features: int
@@ -200,6 +223,7 @@ class Conv(nn.Module):
     strides: tuple[int, int] = (1, 1)
     use_bias: bool = True
     padding: Padding = "SAME"
+    matmul_dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, images: Float[AnyArray, "*batch h w c"]) -> Float[Array, "*batch h2 w2 f"]:
@@ -207,7 +231,13 @@ class Conv(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
         batch = images.shape[:-3]
         together = images.reshape(math.prod(batch), *images.shape[-3:])
-        outputs = convolve(together, kernel, strides=self.strides, padding=self.padding)
+        outputs = convolve(
+            together,
+            kernel,
+            strides=self.strides,
+            padding=self.padding,
+            matmul_dtype=self.matmul_dtype,
+        )
         outputs = outputs.reshape(*batch, *outputs.shape[1:])
         if self.use_bias:
             outputs += self.param(

@@ -184,6 +184,28 @@ POOLED = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_products_of_rounded_operands_are_summed_unrounded_in_the_derivatives_too(dtype):
+    images, kernel = random(2, 5, 4, 3), random(3, 3, 3, 2, seed=1)
+    cotangent = random(2, 3, 2, 2, seed=2)
+
+    def rounded(x):
+        return x.astype(dtype).astype(jnp.float64)
+
+    def both(images, kernel, cotangent, **options):
+        convolved, transpose = jax.vjp(
+            functools.partial(convolve, strides=(2, 2), **options), images, kernel
+        )
+        return convolved, transpose(cotangent)
+
+    actual = jax.jit(functools.partial(both, matmul_dtype=dtype))(images, kernel, cotangent)
+    exact = both(rounded(images), rounded(kernel), rounded(cotangent))
+    # What is transposed and added up outside of products keeps its type, and is float64 here.
+    chex.assert_trees_all_equal_dtypes(actual, exact)
+    assert_close(actual, exact, rtol=1e-6, atol=1e-6)
+    assert float(jnp.abs(actual[0] - both(images, kernel, cotangent)[0]).max()) > 1e-4
+
+
 @pytest.mark.parametrize("kind", POOLED)
 def test_max_pool_sends_value_and_gradient_where_reduce_window_does(kind):
     images = POOLED[kind]()
