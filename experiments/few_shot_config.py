@@ -226,8 +226,10 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "inner_rate": 0.1,
         "inner_steps": 16,
         "test_steps": 16,
+        "strength": 0.1,
         "cg_damping": 10.0,
         "num_tasks": 8,
+        "outer_rate": 2e-3,
     },
     "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
@@ -245,7 +247,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 # Outer steps of the 1-shot presets of Omniglot; experiments/README.md has the minutes of most.
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "reptile": 45_000,
-    "imaml": 7000,
+    "imaml": 10_000,
     "prototypical": 3000,
     "matching": 8000,
     "matching_fce": 8000,
