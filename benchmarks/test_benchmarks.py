@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax import core
+from jax.extend import core
 
 from benchmarks import scaling
 from benchmarks.bench_meta import meta_gradient
