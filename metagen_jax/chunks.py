@@ -25,8 +25,10 @@ Chunk = int | Literal["auto"]
 CPU_BYTES = 128 * 2**10
 """Bytes of parameters and examples of all tasks of a chunk, on a CPU."""
 
-MEMORY_SHARE = 0.75
-"""The share of an accelerator's memory that a chunk may fill, with what is already there."""
+MEMORY_SHARE = 0.6
+"""The share of an accelerator's memory that a chunk may fill; parameters, data and the state of the
+optimiser have the rest. What is in use at the moment does not count: hosts would compile different
+programs of one step, and a resumed run sum in another order."""
 
 
 def check_chunk(chunk: Chunk | None, *, none: str = "") -> None:
@@ -42,10 +44,10 @@ def choose_chunk(at_once: Callable[[PyTree, PyTree], Any], shared: PyTree, tasks
     """How many tasks at once, by backend and memory.
 
     On a CPU as many as have parameters and examples of `CPU_BYTES` together, at least one. On an
-    accelerator the largest number whose temporaries, as the compiler counts them, fit beside what
-    is already there in `MEMORY_SHARE` of the memory of the first device: for this one task and two
-    are compiled by themselves, and what is foretold from them is compiled and halved until it fits.
-    All, where the device does not say what memory it has.
+    accelerator about the largest number whose temporaries, as the compiler counts them, fit in
+    `MEMORY_SHARE` of the memory of the first device: for this one task and two are compiled by
+    themselves, and what is foretold from them is compiled and halved until it fits. All, where the
+    device does not say what memory it has.
 
     Args:
       at_once: `(shared, tasks) -> results`, over all tasks that it is given. It may close over
@@ -61,7 +63,7 @@ def choose_chunk(at_once: Callable[[PyTree, PyTree], Any], shared: PyTree, tasks
     if jax.default_backend() == "cpu":
         each = _bytes(shared) + _bytes(tasks) // num_tasks
         return min(num_tasks, max(1, CPU_BYTES // max(1, each)))
-    memory = _free_memory()
+    memory = _memory_for_chunk()
     if memory is None or num_tasks == 1:
         return num_tasks
     temporaries = functools.partial(_temporaries, at_once, shared, tasks)
@@ -69,7 +71,7 @@ def choose_chunk(at_once: Callable[[PyTree, PyTree], Any], shared: PyTree, tasks
 
 
 def largest_that_fits(temporaries: Callable[[int], int], most: int, memory: float) -> int:
-    """The largest chunk, up to `most`, of `temporaries(chunk)` bytes that fit in `memory`.
+    """About the largest chunk, up to `most`, of `temporaries(chunk)` bytes that fit in `memory`.
 
     Two chunks are tried to foretell the largest by a straight line, which is then halved until it
     fits. One, if nothing does: the program that follows says best what it lacks.
@@ -82,11 +84,9 @@ def largest_that_fits(temporaries: Callable[[int], int], most: int, memory: floa
     return chunk if chunk != 2 or two <= memory else 1
 
 
-def _free_memory() -> float | None:
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    return MEMORY_SHARE * stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+def _memory_for_chunk() -> float | None:
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else MEMORY_SHARE * limit
 
 
 def _temporaries(at_once: Callable, shared: PyTree, tasks: PyTree, size: int) -> int:

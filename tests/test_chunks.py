@@ -24,7 +24,7 @@ def accelerator(monkeypatch):
 
     def pretend(memory):
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-        monkeypatch.setattr(chunks, "_free_memory", lambda: memory)
+        monkeypatch.setattr(chunks, "_memory_for_chunk", lambda: memory)
 
     return pretend
 
@@ -95,6 +95,15 @@ def test_on_an_accelerator_it_is_the_largest_chunk_that_fits(accelerator, memory
 
     assert temporaries(chunk) <= memory
     assert chunk == len(TASKS) or temporaries(chunk + 2) > memory
+
+
+def test_the_memory_of_a_chunk_is_a_share_of_all_and_not_of_what_is_free(monkeypatch):
+    class Device:
+        def memory_stats(self):
+            return {"bytes_limit": 1000, "bytes_in_use": 990}
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert chunks._memory_for_chunk() == 600
 
 
 def test_without_a_word_on_memory_an_accelerator_takes_all(accelerator):
