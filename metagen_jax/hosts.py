@@ -79,7 +79,7 @@ def deadline(seconds: float | None, describe: Callable[[], str]) -> Iterator[Non
 
     Args:
       seconds: None waits for ever.
-      describe: gives the line to leave on stderr.
+      describe: gives the line to leave on stderr, at once: it must wait for no disk or peer.
     """
     if seconds is None:
         yield

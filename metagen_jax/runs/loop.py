@@ -52,6 +52,7 @@ class Loop:
     history: History = dataclasses.field(default_factory=History)
     best_params: Params | None = None
     compiled: bool = False
+    saved_step: int | None = None
     last_lap: float = 0.0
     last_save: float = 0.0
     seconds_to_save: float = 0.0
@@ -77,7 +78,7 @@ class Loop:
             return state
         state, self.best_params, record = restored
         self.history = History(**record)
-        step = int(state.step)
+        step = self.saved_step = int(state.step)
         done = ": nothing is left to do" if step >= self.num_steps else ""
         self.bar.say(f"resuming {self.run_dir} at step {step} of {self.num_steps}{done}")
         return state
@@ -196,6 +197,7 @@ class Loop:
         self.history.train_seconds += self.lap()
         record = dataclasses.asdict(self.history)
         save_run(self.run_dir, step, host, record, self.best_params)
+        self.saved_step = step
         self.last_save = time.perf_counter()
         self.seconds_to_save = self.last_save - begin
 
@@ -210,9 +212,10 @@ class Loop:
         return f"{self.last_checkpoint()}; lower the learning rate or clip the gradient"
 
     def last_checkpoint(self) -> str:
-        """What there is to resume from, in words."""
-        kept = [] if self.run_dir is None else saved_steps(self.run_dir / LATEST)
-        return f"the checkpoint of step {kept[-1]} is kept" if kept else "no checkpoint was saved"
+        """What there is to resume from, in words; without a look at the disk, which may hang."""
+        if self.saved_step is None:
+            return "no checkpoint was saved"
+        return f"the checkpoint of step {self.saved_step} is kept"
 
     def farewell(self, step: int) -> str:
         """What to tell whoever has stopped the run."""
