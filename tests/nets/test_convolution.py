@@ -1,6 +1,7 @@
 """The convolution equals flax's and a loop's to second order; max-pooling is exact with ties."""
 
 import functools
+import inspect
 import itertools
 
 import chex
@@ -89,6 +90,21 @@ def test_without_padding_it_equals_flax_to_second_order(kernel_size, strides):
 def test_without_padding_it_refuses_images_smaller_than_the_kernel():
     with pytest.raises(UserError, match="images have 2x4 pixels; a 3x3 kernel needs at least as"):
         convolve(random(1, 2, 4, 1), random(3, 3, 1, 1), padding="VALID")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"padding": "same"}, 'padding is \'same\'; give "SAME" or "VALID"'),
+        ({"strides": (0, 1)}, r"strides are \(0, 1\); give 1 or more"),
+        ({"matmul_dtype": "bf16"}, "matmul_dtype is 'bf16'; give a floating-point type"),
+        ({"matmul_dtype": jnp.int8}, "matmul_dtype is .*int8.*; give a floating-point type"),
+    ],
+)
+def test_it_refuses_settings_that_mean_nothing(options, message):
+    unchecked = inspect.unwrap(convolve)  # As users call it, without the tests' check of types.
+    with pytest.raises(UserError, match=message):
+        unchecked(random(1, 4, 4, 1), random(3, 3, 1, 1), **options)
 
 
 def test_any_batch_axes_are_those_of_the_images():
