@@ -4,6 +4,7 @@ Variants are timed in turns within one process, round after round, and compared 
 a machine that slows down slows all of them.
 """
 
+import collections
 import functools
 import json
 import math
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.program import provenance
+from experiments.provenance import provenance
 from metagen_jax.types import GradFn, Metrics, Params
 
 
@@ -116,12 +117,15 @@ def time_in_turns(
 ) -> None:
     """Calls each function once a round and appends the seconds to its timing.
 
+    Each round begins one function further on, as a turn after one that uses much memory is slower.
     One that has taken longer than `patience`, in seconds, is not called again.
     """
+    order = collections.deque(calls.items())
     for _ in range(rounds):
-        for name, call in calls.items():
+        for name, call in order:
             if max(timings[name].seconds, default=0.0) < patience:
                 timings[name].seconds.append(_seconds(call))
+        order.rotate(-1)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

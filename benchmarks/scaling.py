@@ -5,8 +5,8 @@
 Second-order MAML of strided Conv4, 5-way 1-shot, 15 queries, 5 inner steps, mode "remat", one task
 at a time. One of tasks, inner steps, parameters and devices is varied at a time: seconds, the
 compiler's temporaries of one device, and the bytes of all-reduces in the compiled program, which
-must be those of parameters and metrics. A power law `y = c x^p` is fitted to each. Devices beyond
-the cores are virtual: they show memory and communication, and no time.
+must be those of parameters and metrics. A line `y = fixed + each x` is fitted to each. Devices
+beyond the cores are virtual: they show memory and communication, and no time.
 
 Then a PROJECTION, from the work on paper (`benchmarks.work`) and a stated model of a device, that
 nobody has measured. Writes `benchmarks/results/scaling.json` and `.png`.
@@ -33,7 +33,7 @@ import numpy as np
 from benchmarks.bench_meta import meta_gradient
 from benchmarks.rows import ROWS, Row, make_example, small
 from benchmarks.work import BYTES, num_params, outer_step
-from experiments.program import num_cores
+from experiments.provenance import num_cores
 from metagen_jax.evaluation import figures
 from metagen_jax.parallel import data_parallel
 
@@ -83,10 +83,15 @@ class Device:
 
 
 def reduced_bytes(hlo: str) -> int:
-    """The bytes of float32 that all collectives of a compiled program move."""
-    collectives = r"= (.*?) (?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*\("
-    shapes = re.findall(r"f32\[([\d,]*)\]", " ".join(re.findall(collectives, hlo)))
-    return BYTES * sum(math.prod(map(int, filter(None, dims.split(",")))) for dims in shapes)
+    """The bytes of floats that all collectives of a compiled program move."""
+    collectives = (
+        r"= (.*?) (?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*(?<!-done)\("
+    )
+    shapes = re.findall(r"\b(f|bf)(\d+)\[([\d,]*)\]", " ".join(re.findall(collectives, hlo)))
+    return sum(
+        int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
+        for _, bits, dims in shapes
+    )
 
 
 def measure(row: Row, num_devices: int, x: int, rounds: int) -> Point:
@@ -107,13 +112,24 @@ def measure(row: Row, num_devices: int, x: int, rounds: int) -> Point:
     return Point(x, seconds, timing.temporaries or 0.0, moved)
 
 
-def exponent(points: list[Point], quantity: str) -> float | None:
-    """The p of `y = c x^p`, by least squares of logarithms; None without two positive values."""
+class Line(NamedTuple):
+    """`y = fixed + each * x`."""
+
+    fixed: float
+    each: float
+
+
+def fit_line(points: list[Point], quantity: str) -> Line | None:
+    """The line through a sweep by least squares of relative errors; None with fewer than 3 values.
+
+    Tasks and inner steps add to what is there without them: a power law would have no meaning.
+    """
     pairs = [(p.x, getattr(p, quantity)) for p in points if getattr(p, quantity)]
-    if len(pairs) < 2:
+    if len(pairs) < 3:
         return None
-    x, y = np.log(np.array(pairs, float)).T
-    return float(np.polyfit(x, y, 1)[0])
+    x, y = np.array(pairs, float).T
+    each, fixed = np.polyfit(x, y, 1, w=1 / y)
+    return Line(float(fixed), float(each))
 
 
 def measure_growth(shrink, rounds: int) -> dict[str, list[Point]]:
@@ -134,17 +150,24 @@ def measure_growth(shrink, rounds: int) -> dict[str, list[Point]]:
     }
 
 
-def print_growth(sweeps: dict[str, list[Point]]) -> dict[str, dict[str, float | None]]:
-    """The tables; gives the exponents."""
+def print_growth(sweeps: dict[str, list[Point]]) -> dict[str, dict[str, Line | None]]:
+    """The tables; gives the lines."""
     quantities = ("seconds", "temporaries", "reduced_bytes")
-    fits = {what: {q: exponent(points, q) for q in quantities} for what, points in sweeps.items()}
+    fits = {what: {q: fit_line(points, q) for q in quantities} for what, points in sweeps.items()}
     for what, points in sweeps.items():
-        print(f"\n{what:>12} {'step':>10} {'temporaries':>12} {'all-reduced':>12}")
+        print(f"\n{what:>12} {'step':>12} {'temporaries':>14} {'all-reduced':>14}")
         for p in points:
             step = "virtual" if p.seconds is None else f"{1000 * p.seconds:.1f} ms"
-            print(f"{p.x:12} {step:>10} {p.temporaries:8.2f} MiB {p.reduced_bytes:10} B")
-        powers = ["-" if fits[what][q] is None else f"^{fits[what][q]:.2f}" for q in quantities]
-        print(f"{'grows':>12} {powers[0]:>10} {powers[1]:>12} {powers[2]:>12}")
+            print(f"{p.x:12} {step:>12} {p.temporaries:10.2f} MiB {p.reduced_bytes:12} B")
+        for label, part in ("fixed", "fixed"), ("each adds", "each"):
+            seconds, memory, moved = (
+                None if fits[what][q] is None else getattr(fits[what][q], part) for q in quantities
+            )
+            print(
+                f"{label:>12} {'-' if seconds is None else f'{1000 * seconds:.3g} ms':>12} "
+                f"{'-' if memory is None else f'{memory:.3g} MiB':>14} "
+                f"{'-' if moved is None else f'{moved:.0f} B':>14}"
+            )
     return fits
 
 
@@ -157,7 +180,7 @@ def project(device: Device, row: Row) -> list[dict[str, float]]:
     )
     print(f"{'devices':>8} {'tasks':>8} {'step':>10} {'all-reduce':>11} {'of one device':>14}")
     rows = []
-    for n in (1, 8, 64, 256, 1024):
+    for n in (1, 8, 64, 256):
         compute, reduce = device.compute_seconds(row), device.reduce_seconds(row, n)
         efficiency = compute / (compute + reduce)
         step, reduced = 1000 * (compute + reduce), 1000 * reduce
@@ -204,7 +227,9 @@ def main() -> None:
     if not smoke:
         numbers: dict[str, Any] = {
             "sweeps": {what: [p._asdict() for p in points] for what, points in sweeps.items()},
-            "exponents": fits,
+            "lines": {
+                w: {q: f and f._asdict() for q, f in each.items()} for w, each in fits.items()
+            },
             "projection_not_measured": {"device": dataclasses.asdict(device), "rows": projection},
         }
         path = harness.write_result("scaling", numbers)

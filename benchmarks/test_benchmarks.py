@@ -1,7 +1,6 @@
 """Every benchmark still runs, and what it counts on paper is what programs compute."""
 
 import dataclasses
-import math
 import os
 import subprocess
 import sys
@@ -10,12 +9,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend import core
 
 from benchmarks import scaling
 from benchmarks.bench_meta import meta_gradient
 from benchmarks.rows import ROWS, Row, make_example, small
-from benchmarks.work import num_params, outer_step
+from benchmarks.work import count_flops, num_params, outer_step
 
 SCRIPTS = sorted(
     path.stem
@@ -36,34 +34,6 @@ def test_it_runs_at_its_smallest(script):
     assert done.stdout
 
 
-def count_flops(jaxpr) -> int:
-    """FLOPs of all matrix products and convolutions that a program takes, scans in full."""
-    total = 0
-    for equation in jaxpr.eqns:
-        name, repeats = equation.primitive.name, equation.params.get("length", 1)
-        if name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * inner * equation.outvars[0].aval.size
-        elif name.startswith("convolution_"):
-            total += 2 * convolved(equation)
-        for inner in core.jaxprs_in_params(equation.params):
-            total += repeats * count_flops(inner)
-    return total
-
-
-def convolved(equation) -> int:
-    """Products in a convolution or one of its transposes: those of its outputs' positions."""
-    first, second = (v.aval.shape for v in equation.invars)
-    result = equation.outvars[0].aval.shape
-    outputs, kernel = {
-        "convolution_outputs": (result, second),
-        "convolution_images": (first, second),
-        "convolution_kernel": (second, result),
-    }[equation.primitive.name]
-    return math.prod(outputs[:-1]) * math.prod(kernel)
-
-
 @pytest.mark.parametrize("name", ["5-steps", "sinusoid", "max-pooled"])
 def test_the_work_on_paper_is_that_of_the_program(name):
     row: Row = dataclasses.replace(small(ROWS[name]), num_tasks=1)
@@ -76,20 +46,22 @@ def test_the_work_on_paper_is_that_of_the_program(name):
     assert num_params(row) == sum(x.size for x in jax.tree.leaves(params))
 
 
-def test_a_power_law_is_found():
-    points = [scaling.Point(x, 3.0 * x**1.5, 2.0, 0) for x in (1, 2, 4, 8)]
-    assert scaling.exponent(points, "seconds") == pytest.approx(1.5)
-    assert scaling.exponent(points, "temporaries") == pytest.approx(0, abs=1e-9)
-    assert scaling.exponent(points, "reduced_bytes") is None
+def test_a_line_is_found():
+    points = [scaling.Point(x, 3.0 + 1.5 * x, 2.0, 0) for x in (1, 2, 4, 8)]
+    assert scaling.fit_line(points, "seconds") == pytest.approx((3, 1.5))
+    assert scaling.fit_line(points, "temporaries") == pytest.approx((2, 0), abs=1e-9)
+    assert scaling.fit_line(points, "reduced_bytes") is None
 
 
 def test_the_bytes_of_collectives_are_read_from_a_program():
     hlo = """
       %a = (f32[2,3]{1,0}, /*index=5*/f32[]) all-reduce(%x, %y), replica_groups={}
       %b = f32[8]{0} all-gather-start(%z), dimensions={0}
+      %d = f32[8]{0} all-gather-done(%b)
+      %e = bf16[6]{0} all-reduce(%v), replica_groups={}
       %c = f32[5]{0} add(%u, %v), metadata={op_name="all-to-all("}
     """
-    assert scaling.reduced_bytes(hlo) == 4 * (6 + 1 + 8)
+    assert scaling.reduced_bytes(hlo) == 4 * (6 + 1 + 8) + 2 * 6
 
 
 def test_a_ring_passes_twice_the_gradient_at_most():

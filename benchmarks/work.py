@@ -1,4 +1,5 @@
-"""The work of an outer step on paper: every matrix product that second-order MAML must take.
+"""The work of an outer step on paper: every matrix product that second-order MAML must take; and
+that of a program, which may take some twice.
 
 XLA's own count takes the body of a scan once, however often it runs. Here a convolution is the
 bilinear map `outputs(images, kernel)` and its two transposes, each as many FLOPs as the first: a
@@ -8,7 +9,10 @@ ReLUs, patches and what is computed again to save memory do not count.
 """
 
 import itertools
+import math
 from typing import NamedTuple
+
+from jax.extend import core
 
 from benchmarks.rows import Row
 
@@ -47,7 +51,7 @@ class Work(NamedTuple):
 
 
 def layers_of(row: Row) -> list[Layer]:
-    """The layers of the net of a row, first to last."""
+    """The layers of the net of a row of MAML, first to last."""
     if row.net == "mlp":
         sizes = (1, *row.hidden_sizes, 1)
         return [Layer(1, a, b, a) for a, b in itertools.pairwise(sizes)]
@@ -56,10 +60,8 @@ def layers_of(row: Row) -> list[Layer]:
         after = -(-side // 2) if row.net == "strided" else side
         layers.append(Layer(after**2, 9 * channels, row.num_filters, side**2 * channels))
         side, channels = (after if row.net == "strided" else side // 2), row.num_filters
-    if row.learner != "prototypical":
-        features = channels if row.net == "strided" else channels * side**2
-        layers.append(Layer(1, features, row.ways, features))
-    return layers
+    features = channels if row.net == "strided" else channels * side**2
+    return [*layers, Layer(1, features, row.ways, features)]
 
 
 def num_params(row: Row) -> int:
@@ -72,7 +74,7 @@ def num_params(row: Row) -> int:
 def outer_step(row: Row) -> Work:
     """The work of the second-order MAML step of a row, over all its tasks."""
     classes = 1 if row.net == "mlp" else row.ways
-    support, query = row.inner_batch or row.shots * classes, row.queries * classes
+    support, query = row.shots * classes, row.queries * classes
     flops = moved = 0
     for i, layer in enumerate(layers_of(row)):
         gradient, derivative = (3, 6) if i else (2, 2)
@@ -80,3 +82,31 @@ def outer_step(row: Row) -> Work:
         flops += inner * layer.flops(support) + gradient * layer.flops(query)
         moved += inner * layer.moved_bytes(support) + gradient * layer.moved_bytes(query)
     return Work(row.num_tasks * flops, row.num_tasks * moved)
+
+
+def count_flops(jaxpr: core.Jaxpr) -> int:
+    """FLOPs of all matrix products and convolutions that a program takes, scans in full."""
+    total = 0
+    for equation in jaxpr.eqns:
+        name, repeats = equation.primitive.name, equation.params.get("length", 1)
+        if name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * inner * equation.outvars[0].aval.size
+        elif name.startswith("convolution_"):
+            total += 2 * _convolved(equation)
+        for inner in core.jaxprs_in_params(equation.params):
+            total += repeats * count_flops(inner)
+    return total
+
+
+def _convolved(equation: core.JaxprEqn) -> int:
+    """Products in a convolution or one of its transposes: those of its outputs' positions."""
+    first, second = (v.aval.shape for v in equation.invars)
+    result = equation.outvars[0].aval.shape
+    outputs, kernel = {
+        "convolution_outputs": (result, second),
+        "convolution_images": (first, second),
+        "convolution_kernel": (second, result),
+    }[equation.primitive.name]
+    return math.prod(outputs[:-1]) * math.prod(kernel)

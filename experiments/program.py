@@ -18,16 +18,13 @@ and `device`.
 import contextlib
 import dataclasses
 import datetime
-import importlib.metadata
 import inspect
 import io
 import itertools
 import json
 import os
-import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +35,7 @@ import jax
 import numpy as np
 import tyro
 
+from experiments.provenance import num_cores, provenance
 from metagen_jax.errors import UserError, one_line, writing
 from metagen_jax.runs.log import METRICS
 
@@ -65,7 +63,6 @@ _PLACES = ("run_dir", "resume", "data_dir", "num_devices", "chunk")
 _OF_EVERY_RUN = {"seed", "run_dir", "resume", "num_devices"}
 _OTHER_RUN_DIR = "give another --run-dir, or remove that file"
 _OF_A_SESSION = ("command", "commit", "dirty", "started")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "metagen_jax")
 
 
 def run(
@@ -263,13 +260,6 @@ def require(*conditions: tuple[bool, str]) -> None:
             raise UserError(message)
 
 
-def num_cores() -> int:
-    """The processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, Any]:
     """What is to be kept of a run beside its numbers, so that another can repeat it."""
     return {
@@ -278,22 +268,6 @@ def describe_run(name: str, config: Config, argv: Sequence[str]) -> dict[str, An
         "seed": config.seed,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         **provenance(),
-    }
-
-
-def provenance() -> dict[str, Any]:
-    """The versions, the device and the commit behind a number."""
-    versions = {package: _version(package) for package in _PACKAGES}
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "versions": {"python": platform.python_version(), **versions},
-        "device": {
-            "kind": jax.devices()[0].device_kind,
-            "count": len(jax.devices()),
-            "cores": num_cores(),
-        },
-        "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
     }
 
 
@@ -362,22 +336,6 @@ def _as_flag(field: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
     return f"--{flag} {' '.join(map(str, value)) if isinstance(value, tuple | list) else value}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about the folder of this file; None where there is no git or no repository."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> Path:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import program
+from experiments import program, provenance
 from metagen_jax.data import DataError
 from metagen_jax.gradients import mean_over_tasks
 
@@ -155,7 +155,8 @@ def test_the_result_holds_every_number_and_what_is_needed_to_repeat_the_run(caps
     assert result["device"] == {
         "kind": jax.devices()[0].device_kind,
         "count": len(jax.devices()),
-        "cores": program.num_cores(),
+        "cores": provenance.num_cores(),
+        "processor": provenance.provenance()["device"]["processor"],
     }
     assert result["commit"] is None or len(result["commit"]) == 40
     assert (result["dirty"] is None) == (result["commit"] is None)
@@ -168,7 +169,7 @@ def test_commit_and_dirty_flag_are_those_of_the_folder_of_the_experiments(monkey
         who = ("-c", "user.name=a", "-c", "user.email=a@b")
         return subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True)
 
-    monkeypatch.setattr(program, "__file__", str(Path("program.py").resolve()))
+    monkeypatch.setattr(provenance, "__file__", str(Path("provenance.py").resolve()))
 
     def describe():
         about = program.describe_run("toy", Config(), [])
@@ -370,7 +371,7 @@ def test_an_interrupted_run_says_so_without_a_traceback(capsys):
 @pytest.mark.parametrize(
     ("flags", "environment", "count"),
     [
-        ([], {}, program.num_cores()),
+        ([], {}, provenance.num_cores()),
         (["--num-devices", "3"], {}, 3),
         ([], {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
     ],
@@ -381,7 +382,7 @@ import sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(program.__file__).parents[1])]!r}
 import jax
 import test_program
-from experiments import program
+from experiments import program, provenance
 main = lambda config: {{"devices": len(jax.devices())}}
 program.run("toy", main, test_program.PRESETS, default="full")
 """
