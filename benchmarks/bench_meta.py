@@ -1,17 +1,19 @@
 """What an outer step costs, by itself: memory, share of the peak, devices, compilation, the loop.
 
-    python -m benchmarks.bench_meta [--parts memory peak chunks devices compile loop] [--smoke]
+    python -m benchmarks.bench_meta [--parts memory modes peak ...] [--smoke]
 
 Second-order MAML of Conv4-64, strided, 5-way 1-shot, 15 queries a class, 32 tasks, float32. Each
 part first sees to it that what it compares gives the same numbers. Writes
 `benchmarks/results/bench_meta_PART.json`.
 
 memory   temporaries by the compiler's count, by inner steps and mode of the outer gradient
+modes    time and temporaries by mode, of Conv4 and of layers that are scanned
 peak     FLOPs of the step, on paper (`benchmarks.work`), over those of matrix products on all cores
 chunks   time by chunk, for nets of several sizes: the ground of `chunk="auto"`
 devices  one device a core over the best schedule on one device
 compile  seconds until the step is ready, in a new process, and again with the persistent cache
-loop     `fit`, with sampling, logs and checkpoints, over the bare compiled step
+loop     `fit`, with sampling, logs and checkpoints, over the bare compiled step; for that with one
+         inner step and 1 query a class, of which the rest has the largest share
 """
 
 import argparse
@@ -46,7 +48,7 @@ from metagen_jax.meta.maml import maml_loss
 from metagen_jax.parallel import data_parallel, map_over_tasks, replicate
 from metagen_jax.supervised import cross_entropy_loss, squared_error_loss
 from metagen_jax.training import fit, init_state, train_step
-from metagen_jax.types import GradFn
+from metagen_jax.types import Episode, GradFn
 
 MODES: tuple[Gradient, ...] = ("reverse", "remat", "mixed")
 STEPS = (1, 5, 20)
@@ -86,6 +88,40 @@ def memory(shrink) -> dict[str, Any]:
     return {"temporaries_mib": table, "growth": growth, "asked_growth_of_mixed": 1.3}
 
 
+def modes(shrink) -> dict[str, Any]:
+    """Seconds and temporaries by mode of the outer gradient, one task after another.
+
+    Of Conv4, and of a residual MLP whose layers are one scanned layer: there a gradient keeps what
+    each layer computes, and the gradient of it would keep that of the backward pass too.
+    """
+    depth, width, tasks, rounds = (3, 8, 2, 1) if shrink is small else (32, 256, 8, 7)
+
+    def scanned(params, images):
+        hidden, _ = jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), images, params)
+        return hidden.mean(-1, keepdims=True)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    kernels = 0.1 / width**0.5 * jax.random.normal(keys[0], (depth, width, width))
+    inputs = jax.random.normal(keys[1], (tasks, 64, width))
+    part = inputs, inputs.mean(-1, keepdims=True) ** 2
+    row = dataclasses.replace(shrink(ROW), num_tasks=tasks)
+    examples: dict[str, tuple[Any, ...]] = {
+        "Conv4": (make_net(row).apply, cross_entropy_loss, *make_example(row, jnp.float32)),
+        "scanned layers": (scanned, squared_error_loss, kernels, Episode(part, part)),
+    }
+    table = {}
+    for name, (apply, make_loss, params, batch) in examples.items():
+        learner = functools.partial(
+            maml_loss, make_loss(apply), inner_optimizer=optax.sgd(row.rate), num_steps=5
+        )
+        variants = {m: mean_over_tasks(gradients(learner(gradient=m)), chunk=1) for m in MODES}
+        compared = harness.time_compiled(variants, params, batch, jax.random.key(0), rounds=rounds)
+        print(f"{name}, {tasks} tasks, 5 inner steps:")
+        harness.print_timings(compared.of, per_step=tasks, unit="tasks", best="reverse")
+        table[name] = harness.as_numbers(compared.of)
+    return table
+
+
 def peak(shrink) -> dict[str, Any]:
     """The share of the peak of float32 matrix products that steps of 5 and 1 inner steps reach."""
     size, rounds = (64, 1) if shrink is small else (2048, 7)
@@ -122,7 +158,7 @@ def peak(shrink) -> dict[str, Any]:
 
 
 def chunks(shrink) -> dict[str, Any]:
-    """Seconds a task by chunk, over one device a core."""
+    """Seconds a step by chunk, over one device a core."""
     rows = {
         "MLP of 40": dataclasses.replace(ROWS["sinusoid"], num_tasks=512),
         "MLP of 128": dataclasses.replace(
@@ -228,7 +264,15 @@ def loop(shrink) -> dict[str, Any]:
         jax.block_until_ready(state)
         bare.append((time.perf_counter() - start) / (steps - 1))
         with tempfile.TemporaryDirectory() as run_dir:
-            result = fit(step, fresh(), data, num_steps=steps, run_dir=run_dir, progress=False)
+            result = fit(
+                step,
+                fresh(),
+                data,
+                num_steps=steps,
+                run_dir=run_dir,
+                save_every=max(1, steps // 3),  # Every 20 s; the default is once a minute.
+                progress=False,
+            )
         whole.append((result.train_seconds - result.compile_seconds) / (steps - 1))
         ends.append([jax.device_get(s.params) for s in (state, result.state)])
     for one, other in ends:
@@ -243,6 +287,7 @@ def loop(shrink) -> dict[str, Any]:
 
 PARTS = {
     "memory": memory,
+    "modes": modes,
     "peak": peak,
     "chunks": chunks,
     "devices": devices,
