@@ -14,52 +14,34 @@ from benchmarks import harness
 if __name__ == "__main__":
     harness.one_device_per_core()
 
-import flax.linen as nn
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
+from benchmarks.flax_conv4 import FlaxConv4
+from benchmarks.rows import Row, make_example, make_net, small
 from metagen_jax.gradients import gradients, mean_over_tasks
 from metagen_jax.meta.maml import maml_loss
-from metagen_jax.nets.conv4 import BatchNorm, Conv4
 from metagen_jax.parallel import data_parallel
 from metagen_jax.supervised import cross_entropy_loss
-from metagen_jax.types import Episode, GradFn
+from metagen_jax.types import GradFn
+
+ROW = Row(asked=5, num_steps=1, queries=5, rate=0.4, rounds=7)
 
 
-class FlaxConv4(nn.Module):
-    """`Conv4(5)` with `flax.linen.Conv`, same parameters."""
-
-    num_filters: int
-
-    @nn.compact
-    def __call__(self, x):
-        for block in range(4):
-            x = nn.Conv(self.num_filters, (3, 3), strides=(2, 2), name=f"conv{block}")(x)
-            x = nn.relu(BatchNorm(name=f"norm{block}")(x))
-        return nn.Dense(5, name="head")(x.mean((1, 2)))
-
-
-def make_tasks(num_tasks: int, num_queries: int) -> Episode:
-    """Random images in 5-way 1-shot episodes."""
-    rng = np.random.default_rng(0)
-
-    def part(shots: int):
-        images = rng.random((num_tasks, 5 * shots, 28, 28, 1), np.float32)
-        return jnp.asarray(images), jnp.tile(jnp.repeat(jnp.arange(5), shots), (num_tasks, 1))
-
-    return Episode(part(1), part(num_queries))
-
-
-def variants(num_filters: int) -> dict[str, GradFn]:
+def variants(row: Row) -> dict[str, GradFn]:
     """Every way of taking the step, by name."""
 
     def meta_gradient(apply, chunk: int | None) -> GradFn:
-        loss_fn = maml_loss(cross_entropy_loss(apply), inner_optimizer=optax.sgd(0.4), num_steps=1)
+        loss_fn = maml_loss(
+            cross_entropy_loss(apply), inner_optimizer=optax.sgd(row.rate), num_steps=row.num_steps
+        )
         return mean_over_tasks(gradients(loss_fn), chunk=chunk)
 
-    ours, flaxes = Conv4(5, num_filters).apply, FlaxConv4(num_filters).apply
+    ours = make_net(row).apply
+    flaxes = FlaxConv4(row.ways, row.num_filters, strided=True).apply
     one_device = jax.devices()[:1]
     return {
         f"metagen_jax, one task at a time, {jax.device_count()} devices": data_parallel(
@@ -83,19 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="a few filters and tasks, one round")
     smoke = parser.parse_args().smoke
-    num_tasks, num_filters, rounds = (4, 8, 1) if smoke else (32, 64, 7)
+    row = small(ROW) if smoke else ROW
 
-    batch, key = make_tasks(num_tasks, num_queries=1 if smoke else 5), jax.random.key(0)
-    params = Conv4(5, num_filters).init(key, batch.support[0][0])
-    timings = harness.time_compiled(variants(num_filters), params, batch, key, rounds=rounds)
+    params, batch = make_example(row, jnp.float32)
+    key = jax.random.key(0)
+    timings = harness.time_compiled(variants(row), params, batch, key, rounds=row.rounds)
     difference = timings.difference
-    print(f"meta-gradients agree to {difference:.1e} of their norm; medians of {rounds} rounds")
-    harness.print_timings(timings.of, per_step=num_tasks, unit="tasks", best="flax")
+    print(f"meta-gradients agree to {difference:.1e} of their norm; medians of {row.rounds} rounds")
+    harness.print_timings(timings.of, per_step=row.num_tasks, unit="tasks", best="flax")
     if not smoke:
-        numbers = harness.as_numbers(timings.of)
-        harness.write_result(
-            "bench_maml", {**numbers, "num_tasks": num_tasks, "relative_difference": difference}
-        )
+        about = {"row": dataclasses.asdict(row), "relative_difference": difference}
+        harness.write_result("bench_maml", {**harness.as_numbers(timings.of), **about})
 
 
 if __name__ == "__main__":

@@ -24,17 +24,16 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.flax_conv4 import FlaxConv4
 from benchmarks.rows import ROWS, Row, make_example, make_net, small
 from metagen_jax.gradients import gradients, mean_over_tasks
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.meta.metric import prototypical_loss
 from metagen_jax.meta.reptile import reptile_gradients
-from metagen_jax.nets.conv4 import BatchNorm
 from metagen_jax.parallel import data_parallel
 from metagen_jax.supervised import cross_entropy_loss, squared_error_loss
 from metagen_jax.types import Episode, GradFn, Metrics, Params
@@ -77,24 +76,6 @@ def our_steps(row: Row) -> dict[str, GradFn]:
             f"{OURS}, reverse": gradients(learner(num_steps=row.num_steps, gradient="reverse")),
         }
     return {name: data_parallel(mean_over_tasks(grad_fn)) for name, grad_fn in one.items()}
-
-
-class FlaxConv4(nn.Module):
-    """Conv4 with `flax.linen.Conv`, as nets are written for jax-meta; the same parameters."""
-
-    num_outputs: int
-    num_filters: int
-    strided: bool
-
-    @nn.compact
-    def __call__(self, x):
-        for block in range(4):
-            strides = (2, 2) if self.strided else (1, 1)
-            x = nn.Conv(self.num_filters, (3, 3), strides=strides, name=f"conv{block}")(x)
-            x = BatchNorm(name=f"norm{block}")(x)
-            x = nn.relu(x if self.strided else nn.max_pool(x, (2, 2), (2, 2)))
-        x = x.mean((1, 2)) if self.strided else x.reshape(len(x), -1)
-        return nn.Dense(self.num_outputs, name="head")(x)
 
 
 def jax_meta_step(row: Row) -> GradFn:
