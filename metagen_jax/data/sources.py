@@ -127,7 +127,7 @@ def _load_tfds(
     cache: Path,
     progress: Progress | None,
 ) -> LabelledImages:
-    folder = _prepared_folder(name, data_dir)
+    folder = prepared_folder(name, data_dir)
     # The files' names, sizes and descriptions tell two preparations of one version apart.
     files = sorted(file for file in folder.iterdir() if file.is_file())
     described = [file.read_bytes() for file in files if file.suffix in (".json", ".txt")]
@@ -138,7 +138,7 @@ def _load_tfds(
     return cached(file, lambda: _decode(folder, name, split, size, resampling, progress))
 
 
-def _prepared_folder(name: str, data_dir: Folder | None) -> Path:
+def prepared_folder(name: str, data_dir: Folder | None) -> Path:
     """The folder of a set's newest version, or of the version in its name, as TFDS lays it out."""
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     base, _, version = name.partition(":")
