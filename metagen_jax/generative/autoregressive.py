@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, PyTree
 
 from metagen_jax.errors import UserError
 from metagen_jax.generative.maximum_likelihood import LogProb
@@ -37,6 +37,10 @@ element what its distribution is made of, which depends on none but the elements
 
 SampleElement = Callable[[PRNGKey, Array], Array]
 """`sample_element(key, outputs) -> value` of ONE element, such as `sample_bernoulli`."""
+
+Remember = Callable[[Any, Array, Array], tuple[Any, Array]]
+"""`remember(memory, index, previous) -> (memory, outputs)` of element `index`, whose outputs are
+those of `predict`: the memory holds what matters of the elements before the previous one."""
 
 
 class FixedPoint(NamedTuple):
@@ -145,11 +149,7 @@ def sample_fixed_point(
 
 def _updates(key: PRNGKey, sample_element: SampleElement, start, keep) -> Callable:
     """`(index, outputs) -> element`: the given one, or a draw from its entry of all outputs."""
-    if start.shape[: keep.ndim] != keep.shape:
-        raise UserError(
-            f"keep has shape {keep.shape} for values of shape {start.shape}; give one truth value "
-            "for each element, in the leading axes"
-        )
+    _check_keep(start, keep)
     given, kept = _flat(jnp.asarray(start), keep), jnp.asarray(keep).ravel()
 
     def update(index: Array, outputs: Array) -> Array:
@@ -157,6 +157,14 @@ def _updates(key: PRNGKey, sample_element: SampleElement, start, keep) -> Callab
         return _chosen(kept[index], given[index], drawn)
 
     return update
+
+
+def _check_keep(start, keep) -> None:
+    if start.shape[: keep.ndim] != keep.shape:
+        raise UserError(
+            f"keep has shape {keep.shape} for values of shape {start.shape}; give one truth value "
+            "for each element, in the leading axes"
+        )
 
 
 def _flat(x: Array, keep) -> Array:
@@ -170,6 +178,46 @@ def _chosen(keep: Array, given: Array, drawn: Array) -> Array:
             "sample_element give the latter"
         )
     return jnp.where(keep, given, drawn.astype(given.dtype))
+
+
+def sample_remembering(
+    key: PRNGKey,
+    remember: Remember,
+    memory: PyTree,
+    sample_element: SampleElement,
+    start: Num[AnyArray, "t *event"],
+    keep: Bool[AnyArray, " t"],
+) -> Num[Array, "t *event"]:
+    """`sample_in_order` of a model that computes each element's outputs from a memory.
+
+    Args:
+      key: element `i` has `fold_in(key, i)`.
+      remember: from one element to the next, such as `metagen_jax.generative.sequences` has them.
+      memory: before the first element; any pytree of arrays.
+      sample_element: draws one element.
+      start: `(t, *event)`, the given elements, and anything elsewhere; its dtype is the sample's.
+      keep: `(t,)`, which ones are given.
+
+    Returns:
+      The sample, of the shape of `start`.
+
+    Raises:
+      UserError: if `start` doesn't begin with the shape of `keep`, or a drawn element has another
+        shape than one of `start`.
+    """
+    _check_keep(start, keep)
+
+    def step(state: tuple[PyTree, Array], element) -> tuple[tuple[PyTree, Array], Array]:
+        memory, previous = state
+        index, given, kept = element
+        memory, outputs = remember(memory, index, previous)
+        value = _chosen(kept, given, sample_element(jax.random.fold_in(key, index), outputs))
+        return (memory, value), value
+
+    start = jnp.asarray(start)
+    elements = jnp.arange(len(start)), start, jnp.asarray(keep)
+    _, values = jax.lax.scan(step, (memory, jnp.zeros_like(start[0])), elements)
+    return values
 
 
 def sample_pixelcnn(
