@@ -3,7 +3,9 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from metagen_jax.errors import UserError
 
 
 class Estimate(NamedTuple):
@@ -39,6 +41,30 @@ def estimate(per_task: Float[Array | np.ndarray, "tasks *shape"]) -> Estimate:
         interval=np.where(finite, interval, np.inf),
         per_task=per_task,
     )
+
+
+def estimate_ratio(
+    totals: Float[np.ndarray, " tasks"], counts: Int[np.ndarray, " tasks"]
+) -> Estimate:
+    """`sum_i totals_i / sum_i counts_i`, such as bits a sample over recordings of any length.
+
+    The interval takes tasks, and not what they count, to be independent (Cochran: Sampling
+    Techniques, 1977, equation 6.13): that of the mean of `per_task`, which is `R + (totals_i - R
+    counts_i) / mean(counts)`. Of two models of the same tasks `estimate` of the difference of these
+    tells whether one is better.
+
+    Args:
+      totals: of each task, such as bits.
+      counts: of each task, how many things that is a sum over; not all 0.
+
+    Raises:
+      UserError: if nothing is counted.
+    """
+    totals, counts = np.asarray(totals, np.float64), np.asarray(counts, np.float64)
+    if not counts.sum() > 0:
+        raise UserError(f"counts sum to {counts.sum():g}; a ratio needs something counted")
+    ratio = totals.sum() / counts.sum()
+    return estimate(ratio + (totals - ratio * counts) / counts.mean())
 
 
 def percent(accuracy: Estimate) -> str:
