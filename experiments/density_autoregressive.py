@@ -39,7 +39,14 @@ def made(config: Config, shape: Shape) -> Model:
         return sample_fixed_point(key, predict, _draw(config), image, known).sample
 
     def init(key: PRNGKey, images: Array) -> Params:
-        return net.init(key, to_floats(config, images[0]).ravel())
+        params = net.init(key, to_floats(config, images[0]).ravel())
+        if config.values == "levels":
+            return params
+        # At the log-odds of the mean image: of a pixel that is hardly ever set the net would learn
+        # late that it isn't, and samples have specks till then.
+        ones, number = images.reshape(len(images), -1).sum(0), len(images)
+        head = params["params"]["head"] | {"bias": jnp.log((ones + 0.5) / (number - ones + 0.5))}
+        return {"params": params["params"] | {"head": head}}
 
     return _model(config, shape, init, outputs, complete)
 
