@@ -9,14 +9,23 @@ from jaxtyping import Array
 
 from experiments.density_config import Config
 from experiments.density_data import to_floats, to_grey
-from experiments.density_model import Model, Shape, draw_value, num_value_params, value_log_prob
+from experiments.density_model import (
+    Model,
+    Shape,
+    draw_pixel,
+    draw_value,
+    num_pixel_params,
+    num_value_params,
+    pixel_log_prob,
+    value_log_prob,
+)
 from metagen_jax.generative.autoregressive import (
     autoregressive_log_prob,
     sample_fixed_point,
     sample_pixelcnn,
 )
 from metagen_jax.generative.editing import Complete
-from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.made import MADE
 from metagen_jax.nets.pixelcnn import PixelCNN
@@ -36,7 +45,8 @@ def made(config: Config, shape: Shape) -> Model:
 
     def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
         predict = functools.partial(outputs, params)
-        return sample_fixed_point(key, predict, _draw(config), image, known).sample
+        draw = functools.partial(draw_value, config)
+        return sample_fixed_point(key, predict, draw, image, known).sample
 
     def init(key: PRNGKey, images: Array) -> Params:
         params = net.init(key, to_floats(config, images[0]).ravel())
@@ -48,71 +58,61 @@ def made(config: Config, shape: Shape) -> Model:
         head = params["params"]["head"] | {"bias": jnp.log((ones + 0.5) / (number - ones + 0.5))}
         return {"params": params["params"] | {"head": head}}
 
-    return _model(config, shape, init, outputs, complete)
+    log_prob = autoregressive_log_prob(outputs, functools.partial(value_log_prob, config))
+    return _model(config, shape, init, log_prob, complete)
 
 
 def pixelcnn(config: Config, shape: Shape) -> Model:
     """The gated PixelCNN."""
     net = PixelCNN(
-        num_outputs=shape[2] * num_value_params(config),
+        num_outputs=num_pixel_params(config, shape[2]),
         features=config.num_filters,
         num_layers=config.num_layers,
         num_levels=256 if config.values == "levels" else 2,
     )
 
     def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
-        def draw_pixel(key: PRNGKey, outputs: Array) -> Array:
-            return draw_value(config, key, outputs.reshape(shape[2], -1))
+        return sample_pixelcnn(key, net, params, _draw(config, shape), image, known[..., 0])
 
-        return sample_pixelcnn(key, net, params, draw_pixel, image, known[..., 0])
-
-    return _model(config, shape, _init(net), _of_pixels(net), complete)
+    return _of_pixels(config, shape, net, complete)
 
 
 def pixelrnn(config: Config, shape: Shape) -> Model:
     """PixelRNN by rows or diagonals."""
     net = PixelRNN(
-        num_outputs=shape[2] * num_value_params(config),
+        num_outputs=num_pixel_params(config, shape[2]),
         recurrence="row" if config.model == "row_lstm" else "diagonal",
         features=config.num_filters,
         num_layers=config.num_layers,
         num_levels=256 if config.values == "levels" else 2,
     )
-    outputs = _of_pixels(net)
 
     def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
-        predict = functools.partial(outputs, params)
-        return sample_fixed_point(key, predict, _draw(config), image, known).sample
+        predict = functools.partial(net.apply, params)
+        draw = _draw(config, shape)
+        return sample_fixed_point(key, predict, draw, image, known[..., 0]).sample
 
-    return _model(config, shape, _init(net), outputs, complete)
-
-
-def _init(net) -> Callable[[PRNGKey, Array], Params]:
-    return lambda key, images: net.init(key, images[0])
+    return _of_pixels(config, shape, net, complete)
 
 
-def _of_pixels(net) -> Callable[[Params, Array], Array]:
-    """`(params, image) -> (h, w, c, params)` of a net whose outputs are by pixel."""
-
-    def outputs(params: Params, image: Array) -> Array:
-        return net.apply(params, image).reshape(*image.shape, -1)
-
-    return outputs
+def _draw(config: Config, shape: Shape) -> Callable[[PRNGKey, Array], Array]:
+    return lambda key, outputs: draw_pixel(config, key, outputs, shape[2])
 
 
-def _draw(config: Config) -> Callable[[PRNGKey, Array], Array]:
-    return functools.partial(draw_value, config)
+def _of_pixels(config: Config, shape: Shape, net, complete: Complete) -> Model:
+    """The model of a net whose outputs are by pixel."""
+    log_prob = autoregressive_log_prob(net.apply, functools.partial(pixel_log_prob, config))
+    return _model(config, shape, lambda key, images: net.init(key, images[0]), log_prob, complete)
 
 
 def _model(
     config: Config,
     shape: Shape,
     init: Callable[[PRNGKey, Array], Params],
-    outputs: Callable[[Params, Array], Array],
+    log_prob: LogProb,
     complete: Complete,
 ) -> Model:
-    """The model whose conditionals `outputs` gives."""
-    log_prob = autoregressive_log_prob(outputs, functools.partial(value_log_prob, config))
+    """The model of an exact log-probability."""
     nothing = jnp.zeros(shape, jnp.int32)
 
     def sample(params: Params, key: PRNGKey) -> Array:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array
 
 from experiments.density_config import Config
@@ -18,7 +19,7 @@ from metagen_jax.generative.dequantisation import (
     logit_transform,
     quantize,
 )
-from metagen_jax.generative.editing import flow_complete
+from metagen_jax.generative.editing import flow_complete, spherical_interpolation
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
 from metagen_jax.gradients import gradients
 from metagen_jax.types import Params, PRNGKey
@@ -66,7 +67,8 @@ def flow(config: Config, shape: Shape) -> Model:
             bijector.forward(params, to_reals(jax.random.key(i), image), None)[0]
             for i, image in enumerate((first, last))
         ]
-        z = jax.tree.map(lambda a, b: (1 - weight) * a + weight * b, *ends)
+        (first_z, unravel), (last_z, _) = map(ravel_pytree, ends)
+        z = unravel(spherical_interpolation(first_z, last_z, weight))
         return to_grey(bijector.inverse(params, z, None)[0])
 
     run_chain = flow_complete(

@@ -13,8 +13,10 @@ from metagen_jax.generative.editing import Complete
 from metagen_jax.generative.likelihoods import (
     bernoulli_log_prob,
     discretized_logistic_mixture_log_prob,
+    discretized_logistic_mixture_rgb_log_prob,
     sample_bernoulli,
     sample_discretized_logistic_mixture,
+    sample_discretized_logistic_mixture_rgb,
 )
 from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.types import GradFn, Params, PRNGKey
@@ -83,6 +85,47 @@ def draw_value(
     if config.values == "levels":
         return sample_discretized_logistic_mixture(key, *_mixture(outputs))
     return sample_bernoulli(key, outputs[..., 0])
+
+
+def num_pixel_params(config: Config, channels: int) -> int:
+    """How many numbers a net gives for each pixel with all its channels."""
+    if _in_colour(config, channels):
+        return 10 * config.num_components
+    return channels * num_value_params(config)
+
+
+def pixel_log_prob(
+    config: Config, pixels: Int[Array, "*shape c"], outputs: Float[Array, "*shape params"]
+) -> Float[Array, "*shape"]:
+    """The log-probability of each pixel. Red, green and blue levels are one mixture of pixels, as
+    PixelCNN++ has it; other channels are independent given the pixels before.
+    """
+    if _in_colour(config, pixels.shape[-1]):
+        return discretized_logistic_mixture_rgb_log_prob(pixels, *_rgb_mixture(outputs))
+    return value_log_prob(config, pixels, outputs.reshape(*pixels.shape, -1)).sum(-1)
+
+
+def draw_pixel(
+    config: Config, key: PRNGKey, outputs: Float[Array, " params"], channels: int
+) -> Int[Array, " c"]:
+    """A draw of one pixel."""
+    if _in_colour(config, channels):
+        return sample_discretized_logistic_mixture_rgb(key, *_rgb_mixture(outputs))
+    return draw_value(config, key, outputs.reshape(channels, -1))
+
+
+def _in_colour(config: Config, channels: int) -> bool:
+    return config.values == "levels" and channels == 3
+
+
+def _rgb_mixture(outputs: Array) -> tuple[Array, Array, Array, Array]:
+    """Logits, means, log-scales and coefficients of `discretized_logistic_mixture_rgb_log_prob`."""
+    components = outputs.shape[-1] // 10
+    logits, others = outputs[..., :components], outputs[..., components:]
+    means, log_scales, coefficients = jnp.split(
+        others.reshape(*outputs.shape[:-1], 9, components), 3, axis=-2
+    )
+    return logits, means, jnp.clip(log_scales - 2, -7, 3), jnp.tanh(coefficients)
 
 
 def mean_value(config: Config, outputs: Float[Array, "*shape params"]) -> Float[Array, "*shape"]:

@@ -53,7 +53,9 @@ def compare_and_report(
     }
     shares = np.bincount(logits["samples"].argmax(1), minlength=num_classes) / len(samples)
     quality = precision_recall(of_test, of_samples)
-    kernel = kernel_distance(jax.random.key(SAMPLE_SEED), of_test, of_samples)
+    kernel = kernel_distance(
+        jax.random.key(SAMPLE_SEED), of_test, of_samples, subset_size=min(1000, len(test))
+    )
     numbers = {
         "frechet_distance": frechet_distance(of_test, of_samples),
         "frechet_distance_of_training_images": frechet_distance(of_test, of_train),

@@ -20,7 +20,7 @@ from experiments.density_model import (
 )
 from metagen_jax.evaluation.likelihood import importance_sampled_log_prob
 from metagen_jax.generative import vae
-from metagen_jax.generative.editing import vae_complete
+from metagen_jax.generative.editing import spherical_interpolation, vae_complete
 from metagen_jax.generative.flows import iaf
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
 from metagen_jax.gradients import gradients
@@ -137,7 +137,7 @@ def _one_level(
 
     def interpolate(params: Params, first: Array, last: Array, weight: Array) -> Array:
         ends = latents(params, first), latents(params, last)
-        return grey(params, (1 - weight) * ends[0] + weight * ends[1])
+        return grey(params, spherical_interpolation(*ends, weight))
 
     return Model(
         init=init,

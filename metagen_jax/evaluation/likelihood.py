@@ -50,7 +50,7 @@ def evaluate_log_prob(
       devices: what to spread the examples over; None takes all of this host.
 
     Returns:
-      The estimate; a mean that is infinite says that some example has probability zero or a NaN.
+      The estimate; a mean of minus infinity says that some example has probability zero or a NaN.
 
     Raises:
       UserError: for fewer than 2 examples, or a log-probability that is not a scalar.
@@ -68,7 +68,9 @@ def evaluate_log_prob(
             f"the log-probability of an example has shape {log_probs.shape[1:]}; "
             "give one number, summed over its elements"
         )
-    return estimate(log_probs)
+    # Of losses, which `estimate` takes for infinitely bad where one is not finite.
+    losses = estimate(-log_probs)
+    return losses._replace(mean=-losses.mean, per_task=-losses.per_task)
 
 
 @functools.cache

@@ -132,6 +132,13 @@ def _primitive(function):
         return jax.make_jaxpr(functools.partial(function, **settings))(*operands).out_avals[0]
 
     def batch(operands, axes, **settings):
+        images, kernel = operands
+        if function is not _kernel and axes[1] is None:
+            # One kernel for all: more images, and still these primitives in the derivatives.
+            images = jnp.moveaxis(images, axes[0], 0)
+            together = images.reshape(-1, *images.shape[2:])
+            result = primitive.bind(together, kernel, **settings)
+            return result.reshape(*images.shape[:2], *result.shape[1:]), 0
         return jax.vmap(functools.partial(function, **settings), axes)(*operands), 0
 
     primitive = Primitive(f"convolution{function.__name__}")
