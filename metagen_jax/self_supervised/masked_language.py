@@ -42,7 +42,7 @@ def mask_tokens(
     vocab_size: int,
     share: float = 0.15,
     kinds: tuple[float, float] = (0.8, 0.1),
-    words: Int[AnyArray, " t"] | None = None,
+    begins_word: Bool[AnyArray, " t"] | None = None,
 ) -> Masked:
     """Chooses tokens of ONE row, and hides most of them: section 3.1 of Devlin et al. 2019.
 
@@ -57,8 +57,8 @@ def mask_tokens(
       vocab_size: tokens are 0..vocab_size-1.
       share: the probability.
       kinds: the shares of the chosen that are masked and that are replaced; (1, 0) masks all.
-      words: `(t,)`, the word of each token, 0..t-1. If given, all tokens of a word are chosen or
-        none is.
+      begins_word: `(t,)`, whether each token is the first of a word. If given, all tokens of a word
+        are chosen or none is.
 
     Raises:
       UserError: for shares without sense, or if all tokens are special.
@@ -74,7 +74,8 @@ def mask_tokens(
     tokens = jnp.asarray(tokens)
     choice_key, kind_key, other_key = jax.random.split(key, 3)
     drawn = jax.random.uniform(choice_key, tokens.shape)
-    drawn = drawn if words is None else drawn[jnp.asarray(words)]
+    if begins_word is not None:
+        drawn = drawn[jnp.maximum(jnp.cumsum(jnp.asarray(begins_word)) - 1, 0)]
     chosen = (drawn < share) & ~jnp.isin(tokens, jnp.asarray(special))
     kind = jax.random.uniform(kind_key, tokens.shape)
     index = jax.random.randint(other_key, tokens.shape, 0, len(ordinary))
@@ -106,22 +107,23 @@ def masked_language_model_loss(
         `weighted_by_count`.
 
     Returns:
-      A loss over rows `(tokens, documents, words)`, each `(n, t)`, or `(t,)` for one row, such as
-      `metagen_jax.data.packing` makes. Its key may be one key, of which row `i` of several gets
-      `fold_in(key, i)`, or one for each row. Metrics: `accuracy` on the chosen tokens, and `count`,
-      how many they are (of one device).
+      A loss over rows `(tokens, documents, begins_word, ...)`, each `(n, t)`, or `(t,)` for one
+      row, such as `metagen_jax.data.text.pack` makes. Its key may be one key, of which row `i` of
+      several gets `fold_in(key, i)`, or one for each row. Metrics: `accuracy` on the chosen tokens,
+      and `count`, how many they are (the mean over devices). It raises a UserError for logits of
+      another shape.
     """
     hide = functools.partial(
         mask_tokens, mask=mask, special=special, vocab_size=vocab_size, share=share
     )
 
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
-        tokens, documents, words = (jnp.asarray(x) for x in batch)
+        tokens, documents, begins = (jnp.asarray(x) for x in batch[:3])
         if tokens.ndim == 1:
-            tokens, documents, words, key = (x[None] for x in (tokens, documents, words, key))
+            tokens, documents, begins, key = (x[None] for x in (tokens, documents, begins, key))
         keys = task_keys(key, len(tokens)) if key.ndim == 0 else key
-        masked = jax.vmap(lambda k, x, w: hide(k, x, words=w if whole_words else None))(
-            keys, tokens, words
+        masked = jax.vmap(lambda k, x, b: hide(k, x, begins_word=b if whole_words else None))(
+            keys, tokens, begins
         )
         chosen = masked.chosen & (documents != 0)
         logits = apply(params, masked.inputs, documents)
@@ -134,7 +136,7 @@ def masked_language_model_loss(
 
 
 def token_losses(
-    logits: Float[Array, "*shape vocab"], tokens: Int[AnyArray, "*shape"]
+    logits: Float[Array, "*of_logits"], tokens: Int[AnyArray, "*shape"]
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
     """Of each token `-log softmax(logits)[token]` in nats, and 1 if it has the largest logit.
 

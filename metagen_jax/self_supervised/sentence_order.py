@@ -13,14 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import task_keys
-from metagen_jax.types import AnyArray, Batch, LossFn, Metrics, Params
+from metagen_jax.types import Batch, LossFn, Metrics, Params
 
-Apply = Callable[[Params, Array], Any]
-"""`apply(params, pairs (n, t)) -> logits (n,)`, of the two segments being in order."""
+Apply = Callable[[Params, Array, Array, Array], Any]
+"""`apply(params, tokens (n, t), documents (n, t), types (n, t)) -> logits (n,)`, of the segments of
+each row being in order."""
 
 
 def sentence_order_loss(apply: Apply) -> LossFn:
@@ -32,37 +33,24 @@ def sentence_order_loss(apply: Apply) -> LossFn:
       apply: the net.
 
     Returns:
-      A loss over pairs `(in_order, swapped)`, each tokens `(n, t)`, such as
-      `metagen_jax.data.sentence_pairs` makes. Its key may be one key, or one for each pair. Metric:
+      A loss over pairs `(tokens, documents, types, ...)`, each `(n, 2, t)`, at 0 in the right order
+      and at 1 in the wrong one, such as `metagen_jax.data.text.sentence_pairs` makes. Its key may
+      be one key, of which pair `i` gets `fold_in(key, i)`, or one for each pair. Metric:
       `accuracy`. It raises a UserError for logits of another shape.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
-        in_order, swapped = batch
-        tokens, labels = draw_order(key, in_order, swapped)
-        logits = apply(params, tokens)
-        if logits.shape != labels.shape:
+        rows = tuple(batch[:3])
+        keys = task_keys(key, len(rows[0])) if key.ndim == 0 else key
+        in_order = jax.vmap(jax.random.bernoulli)(keys)
+        chosen = jax.tree.map(lambda x: jax.vmap(jnp.where)(in_order, x[:, 0], x[:, 1]), rows)
+        logits = apply(params, *chosen)
+        if jnp.shape(logits) != in_order.shape:
             raise UserError(
-                f"logits have shape {logits.shape} for {len(labels)} pairs; give one number for "
-                f"each, shape {labels.shape}"
+                f"the logits have shape {jnp.shape(logits)} for {len(in_order)} pairs; give one "
+                f"number for each, shape {in_order.shape}"
             )
-        losses = optax.sigmoid_binary_cross_entropy(logits, labels)
-        return losses.mean(), {"accuracy": ((logits > 0) == labels).mean()}
+        losses = optax.sigmoid_binary_cross_entropy(logits, in_order)
+        return losses.mean(), {"accuracy": ((logits > 0) == in_order).mean()}
 
     return loss_fn
-
-
-def draw_order(
-    key: Key[Array, "..."], in_order: Int[AnyArray, "n t"], swapped: Int[AnyArray, "n t"]
-) -> tuple[Int[Array, "n t"], Int[Array, " n"]]:
-    """Each pair in one of its orders, and 1 where it is the order of the document, otherwise 0.
-
-    Args:
-      key: one key, of which pair `i` gets `fold_in(key, i)`, or one for each pair.
-      in_order: tokens of the pairs.
-      swapped: the same with the second segment first.
-    """
-    keys = task_keys(key, len(in_order)) if key.ndim == 0 else key
-    kept = jax.vmap(jax.random.bernoulli)(keys)
-    tokens = jnp.where(kept[:, None], jnp.asarray(in_order), jnp.asarray(swapped))
-    return tokens, kept.astype(jnp.int32)
