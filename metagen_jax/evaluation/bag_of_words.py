@@ -17,6 +17,9 @@ from jaxtyping import Float, Int
 
 from metagen_jax.errors import UserError
 
+Bags = Any
+"""A sparse array of SciPy's, `(n, tokens)`; its own types don't say that it has a shape."""
+
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 
 
@@ -27,13 +30,13 @@ class BagClassifier(NamedTuple):
     bias: Float[np.ndarray, " classes"]
     penalty: float
 
-    def __call__(self, bags: scipy.sparse.csr_matrix) -> Float[np.ndarray, "n classes"]:
+    def __call__(self, bags: Bags) -> Float[np.ndarray, "n classes"]:
         return bags @ self.weights + self.bias
 
 
 def count_tokens(
     tokens: Int[np.ndarray, "n t"], *, num_tokens: int, ignore: Sequence[int] = ()
-) -> scipy.sparse.csr_matrix:
+) -> Bags:
     """`log(1 + how often)` each token stands in each row, at length 1: `(n, num_tokens)`.
 
     Args:
@@ -43,7 +46,7 @@ def count_tokens(
     """
     row, column = np.nonzero(~np.isin(tokens, ignore))
     shape = len(tokens), num_tokens
-    counts = scipy.sparse.csr_matrix((np.ones(len(row)), (row, tokens[row, column])), shape=shape)
+    counts = scipy.sparse.csr_array((np.ones(len(row)), (row, tokens[row, column])), shape=shape)
     counts.sum_duplicates()
     counts.data = np.log1p(counts.data)
     rows = np.repeat(np.arange(len(tokens)), np.diff(counts.indptr))
@@ -53,9 +56,9 @@ def count_tokens(
 
 
 def fit_bags(
-    train: scipy.sparse.csr_matrix,
+    train: Bags,
     labels: Int[np.ndarray, " n"],
-    val: scipy.sparse.csr_matrix,
+    val: Bags,
     val_labels: Int[np.ndarray, " m"],
     *,
     num_classes: int,
@@ -85,7 +88,7 @@ def fit_bags(
     return max(fits, key=lambda fit: (fit(val).argmax(1) == val_labels).mean())
 
 
-def _fit(bags: Any, labels: np.ndarray, num_classes: int, penalty: float) -> BagClassifier:
+def _fit(bags: Bags, labels: np.ndarray, num_classes: int, penalty: float) -> BagClassifier:
     num, num_tokens = len(labels), bags.shape[1]
     targets = np.eye(num_classes)[labels]
 

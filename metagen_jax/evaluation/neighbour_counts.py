@@ -24,7 +24,7 @@ class _Conditional(NamedTuple):
     """
 
     contexts: np.ndarray
-    own: scipy.sparse.csr_matrix
+    own: scipy.sparse.csr_array
     left_over: np.ndarray
 
 
@@ -111,7 +111,7 @@ def neighbour_log_prob(
 def _condition(tokens: np.ndarray, context: np.ndarray, num_tokens: int) -> _Conditional:
     contexts, row = np.unique(context, return_inverse=True)
     shape = len(contexts), num_tokens
-    counts = scipy.sparse.csr_matrix((np.ones(len(tokens)), (row, tokens)), shape=shape)
+    counts = scipy.sparse.csr_array((np.ones(len(tokens)), (row, tokens)), shape=shape)
     counts.sum_duplicates()
     once, twice = (counts.data == 1).sum(), (counts.data == 2).sum()
     discount = once / (once + 2 * twice) if once else 0.5

@@ -45,7 +45,7 @@ def test_the_penalty_that_validates_best_is_taken():
 
 
 def test_says_what_is_needed():
-    bags = scipy.sparse.csr_matrix(np.eye(3))
+    bags = scipy.sparse.csr_array(np.eye(3))
     labels = np.zeros(2, int)
     with pytest.raises(UserError, match="3 and 3 rows and 2 and 2 labels"):
         fit_bags(bags, labels, bags, labels, num_classes=2)
