@@ -1,0 +1,82 @@
+"""The texts of `experiments.language`, and what batches are drawn from."""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import PyTree
+
+from experiments.language_config import Config, DatasetName
+from metagen_jax.data.corpora import Documents, load_documents, split_lines, split_sentences
+from metagen_jax.data.text import (
+    SentencePairs,
+    load_tokenizer,
+    save_tokenizer,
+    sentence_pairs,
+    train_tokenizer,
+)
+from metagen_jax.types import PRNGKey
+
+TOKENIZER = "tokenizer.json"
+
+# To learn from, to choose by, to test. The dialogues' own validation and test splits are of other
+# services, so that no classifier could know them.
+_SPLITS: dict[DatasetName, tuple[str, str, str]] = {
+    "topics": ("train", "validation", "test"),
+    "wikitext2_articles": ("validation[:90%]", "validation[90%:]", "test"),
+    "sgd_dialogues": ("train[:80%]", "train[80%:90%]", "train[90%:]"),
+}
+
+
+class Corpus(NamedTuple):
+    """Texts to learn from, to choose by and to test, and a tokenizer made for the first."""
+
+    tokenizer: Any
+    train: Documents
+    val: Documents
+    test: Documents
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.get_vocab_size()
+
+
+def load_corpus(config: Config) -> Corpus:
+    """The texts, and the tokenizer of the encoder or else a new one, which is kept with the run."""
+    train, val, test = (
+        _first(load_documents(config.dataset, split, data_dir=config.data_dir), config.num_test)
+        for split in _SPLITS[config.dataset]
+    )
+    if config.encoder is None:
+        tokenizer = train_tokenizer(train.texts, vocab_size=config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.encoder / TOKENIZER)
+    save_tokenizer(tokenizer, config.run_dir / TOKENIZER)
+    return Corpus(tokenizer, train, val, test)
+
+
+def _first(documents: Documents, number: int | None) -> Documents:
+    texts, labels, names = documents
+    return Documents(texts[:number], labels[:number], names)
+
+
+def pairs_of(config: Config, corpus: Corpus, documents: Documents) -> SentencePairs:
+    """Neighbouring turns of dialogues, without who speaks, or segments of whole sentences."""
+    split = _turns if config.dataset == "sgd_dialogues" else split_sentences
+    return sentence_pairs(
+        corpus.tokenizer,
+        documents.texts,
+        split,
+        length=config.row_length,
+        segment_length=config.segment_length,
+    )
+
+
+def _turns(dialogue: str) -> list[str]:
+    return [re.sub(r"^(USER|SYSTEM): ", "", line) for line in split_lines(dialogue)]
+
+
+def draw_batch(key: PRNGKey, data: PyTree, *, batch_size: int) -> PyTree:
+    """Random examples of arrays that have them in their leading axes."""
+    chosen = jax.random.randint(key, (batch_size,), 0, len(jax.tree.leaves(data)[0]))
+    return jax.tree.map(lambda x: x[chosen], data)
