@@ -19,13 +19,14 @@ Results, with command, machine, minutes and seeds, stand in experiments/README.m
 from collections.abc import Callable
 from typing import Any
 
-from experiments import language_masked, language_order, program
+from experiments import language_classification, language_masked, language_order, program
 from experiments.language_config import PRESETS, Config, TaskName, check, with_task
 from experiments.language_data import Corpus, load_corpus
 
 TASKS: dict[TaskName, Callable[[Config, Corpus], dict[str, Any]]] = {
     "masked": language_masked.main,
     "order": language_order.main,
+    "classification": language_classification.main,
 }
 
 

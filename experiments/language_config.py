@@ -55,6 +55,8 @@ class Config:
     """Texts, or pairs of segments, in one of these steps."""
     tune_rate: float = 3e-4
     """Learning rate there, which moves likewise."""
+    num_draws: int = 2
+    """Choices of the texts whose labels are given, where these are a part."""
     num_test: int | None = None
     """Texts of each part, the first ones; without it all."""
 
@@ -82,7 +84,8 @@ PRESETS = {
         batch_size=8,
         tune_steps=2,
         tune_batch_size=8,
-        num_test=40,
+        num_draws=1,
+        num_test=100,
     ),
     "wikitext2": Config(dataset="wikitext2_articles", vocab_size=4000),
     "dialogues": Config(dataset="sgd_dialogues", segment_length=1),
@@ -108,6 +111,7 @@ def check(config: Config) -> None:
         "batch_size": 1,
         "tune_steps": 1,
         "tune_batch_size": 2,
+        "num_draws": 1,
     }
     if config.num_test is not None:
         least["num_test"] = 20

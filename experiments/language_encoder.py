@@ -117,7 +117,7 @@ def train(
     loss_fn: LossFn,
     params: Params,
     data: PyTree,
-    validate: Callable[[Params], dict[str, float]],
+    validate: Callable[[Params], dict[str, float]] | None,
     *,
     folder: Path,
     sizes: tuple[int, int, float],
