@@ -192,10 +192,13 @@ def draw(config: Config, results: dict[float, dict[str, Estimate]]) -> None:
     figure = new_figure(5.5, 3.4, f"Classes of {config.dataset} from few labels")
     axes = figure.subplots()
     shares = [100 * share for share in results]
-    for name, colour in zip((ENCODER, SCRATCH, WORDS), COLOURS, strict=False):
+    # Beside each other, or equal ones would hide one another.
+    for name, colour, aside in zip(
+        (ENCODER, SCRATCH, WORDS), COLOURS, (0.95, 1, 1.05), strict=False
+    ):
         of = [estimates[name] for estimates in results.values()]
         axes.errorbar(
-            shares,
+            [aside * share for share in shares],
             [100 * x.mean for x in of],
             yerr=[100 * x.interval for x in of],
             marker="o",
@@ -204,7 +207,8 @@ def draw(config: Config, results: dict[float, dict[str, Estimate]]) -> None:
         )
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{share:g}" for share in shares])
-    axes.legend(frameon=False)
+    axes.minorticks_off()
+    axes.legend(frameon=False, loc="lower right")
     finish(axes, "Labels (%)", "Accuracy (%), 95 % interval over texts")
     file = config.run_dir / "few_labels.png"
     save(figure, file)
