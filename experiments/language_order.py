@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool
 
 from experiments.language_config import Config
 from experiments.language_data import Corpus, pairs_of
-from experiments.language_encoder import get_encoder, in_blocks, net_of, train
-from metagen_jax.data.text import SentencePairs
+from experiments.language_encoder import SPECIAL, get_encoder, in_blocks, net_of, train
+from metagen_jax.data.text import PAD, SentencePairs
 from metagen_jax.evaluation import plots
+from metagen_jax.evaluation.bag_of_words import count_tokens, fit_bags
 from metagen_jax.evaluation.estimates import Estimate, estimate_ratio, percent
 from metagen_jax.nets.mlp import MLP
 from metagen_jax.self_supervised.sentence_order import sentence_order_loss
@@ -53,8 +54,12 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
         folder=config.run_dir / "order",
         sizes=(config.tune_steps, config.tune_batch_size, config.tune_rate),
     )
-    right = {NET: is_right(of_block, result.best_params, test)}
+    right = {
+        WORDS: words_right(corpus, train_pairs, val, test),
+        NET: is_right(of_block, result.best_params, test),
+    }
     accuracies = {name: _accuracy(of, test.sources) for name, of in right.items()}
+    better = estimate(accuracies[NET].per_task - accuracies[WORDS].per_task)
     print_table(config, accuracies, num_pairs=len(test.tokens))
     draw(config)
     return {
@@ -66,6 +71,8 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
             name: {"accuracy": float(of.mean), "accuracy_interval": float(of.interval)}
             for name, of in accuracies.items()
         },
+        "better_than_words": float(better.mean),
+        "better_than_words_interval": float(better.interval),
     }
 
 
@@ -78,6 +85,33 @@ def is_right(logits, params: Params, pairs: SentencePairs) -> Bool[np.ndarray, "
         for order in (0, 1)
     ]
     return np.stack([orders[0] > 0, orders[1] <= 0], axis=1)
+
+
+def words_right(
+    corpus: Corpus, train: SentencePairs, val: SentencePairs, test: SentencePairs
+) -> Bool[np.ndarray, "n 2"]:
+    """The same for a logistic model of how often each token stands in either segment.
+
+    Each pair is seen in both orders, so that the best weights of the second segment are minus those
+    of the first: the model of both is that of the difference.
+    """
+
+    def differences(pairs: SentencePairs) -> tuple[Any, np.ndarray]:
+        tokens, types = (np.concatenate([x[:, 0], x[:, 1]]) for x in (pairs.tokens, pairs.types))
+        first, second = (
+            count_tokens(
+                np.where(types == segment, tokens, PAD),
+                num_tokens=corpus.vocab_size,
+                ignore=SPECIAL,
+            )
+            for segment in (0, 1)
+        )
+        return first - second, np.repeat([1, 0], len(pairs.tokens))
+
+    (bags, labels), of_val, (of_test, expected) = map(differences, (train, val, test))
+    classifier = fit_bags(bags, labels, *of_val, num_classes=2)
+    right = classifier(of_test).argmax(1) == expected
+    return right.reshape(2, -1).T
 
 
 def _accuracy(right: Bool[np.ndarray, "n 2"], sources: np.ndarray) -> Estimate:
