@@ -59,7 +59,8 @@ C = TypeVar("C", bound=Config)
 
 RESULT, CONFIG = "result.json", "config.json"
 _PLACES = ("run_dir", "resume", "data_dir", "num_devices", "chunk")
-"""Settings of where a run is made and not of what it gives: they may change on resumption."""
+"""Settings of where a run is made and not of what it gives: they may change on resumption, as may
+those that the class names as `MAY_CHANGE`, of what a trained model is asked for."""
 _OF_EVERY_RUN = {"seed", "run_dir", "resume", "num_devices"}
 _OTHER_RUN_DIR = "give another --run-dir, or remove that file"
 _OF_A_SESSION = ("command", "commit", "dirty", "started")
@@ -177,7 +178,8 @@ def prepare_run_dir(config: Config) -> None:
     if (folder / CONFIG).exists():
         before = read_settings(folder, advice=_OTHER_RUN_DIR)
         if config.resume:
-            _check_same(settings, before, folder)
+            changing = (*_PLACES, *getattr(config, "MAY_CHANGE", ()))
+            _check_same({k: v for k, v in settings.items() if k not in changing}, before, folder)
             return
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(
@@ -212,7 +214,7 @@ def read_settings(folder: Path, *, advice: str) -> dict[str, Any]:
 def _check_same(settings: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
     """Raises a UserError if a run was started with settings that would give another result."""
     for name, value in settings.items():
-        if name not in _PLACES and before.get(name, value) != value:
+        if before.get(name, value) != value:
             raise UserError(
                 f"run_dir {folder} holds a run with {_as_flag(name, before[name])} where this "
                 f"one has {_as_flag(name, value)}; give the settings of that run to go on with it, "

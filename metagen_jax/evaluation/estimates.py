@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from metagen_jax.errors import UserError
 
@@ -44,7 +44,7 @@ def estimate(per_task: Float[Array | np.ndarray, "tasks *shape"]) -> Estimate:
 
 
 def estimate_ratio(
-    totals: Float[np.ndarray, " tasks"], counts: Int[np.ndarray, " tasks"]
+    totals: Float[np.ndarray, " tasks"], counts: Real[np.ndarray, " tasks"]
 ) -> Estimate:
     """`sum_i totals_i / sum_i counts_i`, such as bits a sample over recordings of any length.
 

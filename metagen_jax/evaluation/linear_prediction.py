@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from scipy.optimize import minimize_scalar
 
 from metagen_jax.errors import UserError
@@ -37,7 +37,7 @@ class LinearPrediction(NamedTuple):
 
 
 def fit_linear_prediction(
-    sequences: Sequence[Int[np.ndarray, "_"]],
+    sequences: Sequence[Integer[np.ndarray, "_"]],
     *,
     values: Float[np.ndarray, " levels"],
     edges: Float[np.ndarray, " levels_less_1"],
@@ -91,7 +91,7 @@ def fit_linear_prediction(
 
 
 def linear_prediction_log_prob(
-    model: LinearPrediction, codes: Int[np.ndarray, " t"]
+    model: LinearPrediction, codes: Integer[np.ndarray, " t"]
 ) -> Float[np.ndarray, " t"]:
     """The log-probability of each code given those before it.
 
@@ -117,6 +117,7 @@ def _error_bounds(model: LinearPrediction, codes: np.ndarray) -> tuple[np.ndarra
     seen = _seen(model.values[codes], len(model.taps))
     predicted = seen @ np.append(model.taps, model.offset)
     ends = np.concatenate([[-np.inf], model.edges, [np.inf]])
+    codes = codes.astype(np.int64)  # One more than the last code has no place in a byte.
     return ends[codes] - predicted, ends[codes + 1] - predicted
 
 

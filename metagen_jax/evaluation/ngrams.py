@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from metagen_jax.errors import UserError
 
@@ -43,7 +43,7 @@ class NGrams(NamedTuple):
 
 
 def fit_ngrams(
-    sequences: Iterable[Int[np.ndarray, "_"]],
+    sequences: Iterable[Integer[np.ndarray, "_"]],
     *,
     order: int,
     num_tokens: int,
@@ -109,7 +109,7 @@ def _count_contexts(ngrams: np.ndarray, counts: np.ndarray, base: int) -> _Count
     return _Counts(ngrams, counts, contexts, totals, kinds, float(discount))
 
 
-def ngram_log_prob(model: NGrams, tokens: Int[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
+def ngram_log_prob(model: NGrams, tokens: Integer[np.ndarray, " t"]) -> Float[np.ndarray, " t"]:
     """The log-probability of each token of a sequence given those before it.
 
     `P_k(w | c) = max(n(cw) - D, 0) / n(c) + D m(c) / n(c) P_{k-1}(w | c')`, where `n(c)` sums

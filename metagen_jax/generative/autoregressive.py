@@ -51,14 +51,14 @@ class FixedPoint(NamedTuple):
 
 
 def autoregressive_log_prob(
-    apply: Callable[..., Array], element_log_prob: Callable[[Array, Array], Array]
+    apply: Callable[..., Array], element_log_prob: Callable[[Any, Array], Array]
 ) -> LogProb:
     """`log p(x | c) = sum_i log p(x_i | x_1, ..., x_{i-1}, c)`, exact.
 
     Args:
       apply: `(params, x) -> outputs`, or `(params, x, condition) -> outputs`.
       element_log_prob: `(x, outputs) -> nats` of all elements, of any shape, such as
-        `bernoulli_log_prob`.
+        `bernoulli_log_prob`; 0 for elements that are padding, of which x may tell.
 
     Returns:
       `log_prob(params, example, key) -> nats`, ready for `negative_log_likelihood_loss`; an

@@ -56,6 +56,17 @@ def test_far_from_the_prediction_the_mass_is_small_and_not_zero():
     assert log_prob == pytest.approx(-(VALUES[40] - EDGES[0]) / 1e-3 - math.log(2), rel=1e-12)
 
 
+def test_bytes_are_codes_as_good_as_others():
+    levels = np.arange(256.0)
+    model = LinearPrediction(np.array([0.9]), 0.0, 9.0, levels, levels[1:] - 0.5)
+    codes = np.array([250, 255, 0, 255])
+    log_probs = linear_prediction_log_prob(model, codes)
+    np.testing.assert_array_equal(
+        linear_prediction_log_prob(model, codes.astype(np.uint8)), log_probs
+    )
+    assert log_probs[1] > np.log(0.01)
+
+
 def test_taps_and_noise_of_a_process_are_found():
     codes = a_process(60_000)
     model = fit_linear_prediction(np.split(codes, 6), values=VALUES, edges=EDGES, num_taps=3)

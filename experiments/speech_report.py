@@ -1,0 +1,143 @@
+"""The table, the pictures and the sounds of `experiments.speech`."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+from jaxtyping import Array
+
+from experiments.speech_config import Config
+from experiments.speech_data import one_hot
+from experiments.speech_model import told
+from metagen_jax.data.audio import RATE, Recordings, mu_law_decode, write_wav
+from metagen_jax.errors import UserError, writing
+from metagen_jax.evaluation import plots
+from metagen_jax.evaluation.estimates import Estimate
+from metagen_jax.evaluation.spectrograms import plot_spectrograms
+from metagen_jax.generative.sequences import draw_categorical, sample_wavenet
+from metagen_jax.gradients import task_keys
+from metagen_jax.nets.wavenet import WaveNet
+from metagen_jax.types import Params, PRNGKey
+
+SAMPLE_SEED, NUM_DRAWN = 3, 5
+
+
+def print_table(config: Config, numbers: Mapping[str, Any], bits: Mapping[str, Estimate]) -> None:
+    """Prints bits a sample of all models, and how many fewer the net needs."""
+    table = rich.table.Table(
+        title=f"{numbers['num_test']:,} test recordings of {config.source}, "
+        f"{numbers['num_test_samples']:,} samples",
+        caption="mu-law codes of 8 bits, exact likelihood; 95 % intervals over recordings",
+    )
+    table.add_column("model")
+    for column in ("bits a sample", "more than WaveNet"):
+        table.add_column(column, justify="right")
+    for name, of in bits.items():
+        key = f"gain_over_{name.lower().replace(' ', '_').replace('-', '_')}"
+        more = f"{numbers[key]:.3f} ± {numbers[f'{key}_interval']:.3f}" if key in numbers else ""
+        table.add_row(name, f"{of.mean:.3f} ± {of.interval:.3f}", more)
+    rich.console.Console(width=100).print(table)
+
+
+def draw_learning_curve(config: Config) -> None:
+    """Draws bits a sample against steps."""
+    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    plots.plot_learning_curve(
+        map(_in_bits, lines),
+        config.run_dir / "learning_curve.png",
+        title=f"WaveNet of {config.source}: training",
+        loss_label="Bits a sample (training: fewer, where excerpts end early)",
+    )
+
+
+def _in_bits(line: str) -> dict[str, Any]:
+    record = json.loads(line)
+    if "loss" in record:
+        record["loss"] /= np.log(2)
+    if "validation_bits" in record:
+        record["validation_loss"] = record["validation_bits"]
+    return record
+
+
+def conditions_asked(config: Config, recordings: Recordings) -> list[tuple[int, int]]:
+    """Label and speaker of each sample to be made: those asked for, or all in turn."""
+    labels = _numbers("digit", config.digit, recordings.label_names)
+    speakers = _numbers("speaker", config.speaker, recordings.speaker_names)
+    # One speaker further with each round of the labels, so that every pair has its turn.
+    return [
+        (labels[i % len(labels)], speakers[(i % len(labels) + i // len(labels)) % len(speakers)])
+        for i in range(config.num_samples)
+    ]
+
+
+def _numbers(flag: str, asked: str | None, names: tuple[str, ...]) -> list[int]:
+    if asked is None:
+        return list(range(len(names)))
+    if asked not in names:
+        raise UserError(f"{flag} is {asked!r}; give one of {', '.join(names)}")
+    return [names.index(asked)]
+
+
+def make_samples(config: Config, net: WaveNet, params: Params, recordings: Recordings) -> None:
+    """Draws sounds, writes each as a WAV file and shows their spectrograms beside true ones."""
+    asked = conditions_asked(config, recordings)
+    labels, speakers = np.array(asked).T
+    conditions = one_hot(recordings, labels, speakers)
+    if not config.conditional:
+        conditions = conditions[:, :0]
+    length = max(1, round(config.seconds * RATE))
+    start, keep = jnp.zeros(length, jnp.int32), jnp.zeros(length, bool)
+    draw = draw_categorical(temperature=config.temperature, top_p=config.top_p)
+
+    def sample(params: Params, key: PRNGKey, condition: Array) -> Array:
+        return sample_wavenet(key, net, params, draw, start, keep, condition=told(condition))
+
+    keys = task_keys(jax.random.fold_in(jax.random.key(SAMPLE_SEED), config.seed), len(asked))
+    codes = jax.jit(jax.vmap(sample, in_axes=(None, 0, 0)))(params, keys, jnp.asarray(conditions))
+    sounds = np.asarray(mu_law_decode(codes))
+    folder = config.run_dir / "samples"
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    names = [_name(config, recordings, *pair) for pair in asked]
+    for i, (name, sound) in enumerate(zip(names, sounds, strict=True)):
+        write_wav(folder / f"{i:02d} {name}.wav", sound)
+    _draw_spectrograms(config, recordings, asked, list(zip(names, sounds, strict=True)))
+    print(f"sounds are in {folder}: {len(sounds)} WAV files")
+    print(f"pictures are in {config.run_dir}: learning_curve.png, spectrograms.png")
+
+
+def _name(config: Config, recordings: Recordings, label: int, speaker: int) -> str:
+    if not config.conditional:
+        return "sample"
+    return f"{recordings.label_names[label]} by {recordings.speaker_names[speaker]}"
+
+
+def _draw_spectrograms(
+    config: Config,
+    recordings: Recordings,
+    asked: list[tuple[int, int]],
+    sounds: list[tuple[str, np.ndarray]],
+) -> None:
+    """Samples above test recordings of the same word by the same speaker."""
+    true, seen = [], []
+    for label, speaker in asked[:NUM_DRAWN]:
+        (alike,) = np.nonzero((recordings.labels == label) & (recordings.speakers == speaker))
+        # Another one each time, where several samples are alike.
+        index = alike[seen.count((label, speaker)) % len(alike)] if len(alike) else 0
+        seen.append((label, speaker))
+        name = f"{recordings.label_names[label]} by {recordings.speaker_names[speaker]}"
+        if not len(alike):
+            name = "another test recording"
+        true.append((f"true: {name}", recordings.of(index) / 2**15))
+    drawn = [(f"made: {name}", sound) for name, sound in sounds[:NUM_DRAWN]]
+    plot_spectrograms(
+        [drawn, true],
+        config.run_dir / "spectrograms.png",
+        title=f"WaveNet of {config.source}: sounds that it makes, and test recordings",
+        rate=RATE,
+    )

@@ -1,0 +1,187 @@
+"""The experiment on speech: excerpts, conditions, a whole run, mistakes."""
+
+import json
+import wave
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import program, speech, speech_report
+from experiments.speech_config import PRESETS, Config, check, with_source
+from experiments.speech_data import (
+    Excerpt,
+    choose,
+    cut,
+    draw_excerpts,
+    load_splits,
+    sequences,
+    to_sounds,
+)
+from experiments.speech_model import bits_a_sample, make_log_prob, make_net, told
+from metagen_jax.data.audio import Recordings
+from metagen_jax.errors import UserError
+from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+
+KEY = jax.random.key(0)
+SMALL = replace(PRESETS["smoke"], num_filters=3, num_skip=4, num_layers=3)
+
+
+def recordings_of(*lengths):
+    """Noise, of two labels and three speakers, no two recordings alike in both."""
+    starts = np.cumsum([0, *lengths])
+    rng = np.random.default_rng(0)
+    return Recordings(
+        rng.integers(-(2**15), 2**15, starts[-1]).astype(np.int16),
+        starts,
+        np.arange(len(lengths)) % 2,
+        np.arange(len(lengths)) // 2 % 3,
+        ("a", "b"),
+        ("x", "y", "z"),
+    )
+
+
+def test_excerpts_are_what_they_say_and_count_what_they_saw_enough_before():
+    sounds = to_sounds(recordings_of(40, 3, 25), conditional=True)
+    excerpts, conditions = draw_excerpts(KEY, sounds, count=500, length=10, warm_up=6)
+    assert excerpts.codes.shape == (500, 16)
+    seen = set()
+    for codes, counted, condition in zip(*map(np.asarray, excerpts), conditions, strict=True):
+        owner = int(np.flatnonzero((np.asarray(sounds.conditions) == condition).all(1))[0])
+        first, last = np.flatnonzero(counted)[[0, -1]]
+        assert counted[first : last + 1].all()
+        of = sequences(sounds)[owner]
+        # Where they lie in their recording; the codes of a piece of three or more are its own.
+        [begin] = [
+            i for i in range(len(of)) if np.array_equal(of[i : i + last + 1], codes[: last + 1])
+        ][:1]
+        assert first == (0 if begin == 0 else 6)
+        assert begin + last + 1 == min(begin + 16, len(of))
+        seen |= {(owner, begin + i) for i in range(first, last + 1)}
+    assert len(seen) == 68, "every sample has its turn"
+
+
+def test_a_cut_counts_every_sample_once_and_is_exact():
+    """In pieces, padded, the log-probability of each recording is that of the recording alone."""
+    sounds = to_sounds(recordings_of(70, 9, 41), conditional=True)
+    net = make_net(SMALL)
+    assert net.receptive_field == 23
+    log_prob = make_log_prob(net)
+    params = jax.jit(net.init)(KEY, sounds.codes[:1], told(jnp.asarray(sounds.conditions[0])))
+    pieces = cut(sounds, length=13, reach=23)
+    assert pieces.excerpts.counted.sum() == 120
+    config = replace(SMALL, num_devices=1, chunk=3)
+    bits = bits_a_sample(config, log_prob, params, pieces)
+    alone = []
+    for codes, condition in zip(sequences(sounds), sounds.conditions, strict=True):
+        whole = Excerpt(codes, np.ones(len(codes), bool))
+        alone.append(float(log_prob(params, (whole, condition), KEY)))
+    assert float(bits.mean) == pytest.approx(-sum(alone) / 120 / np.log(2), rel=1e-5)
+    lengths = np.array([70, 9, 41])
+    expected = -np.array(alone) / np.log(2) - bits.mean * lengths
+    np.testing.assert_allclose(bits.per_task - bits.mean, expected / 40, atol=1e-4)
+
+
+def test_what_does_not_count_changes_nothing():
+    """Neither loss nor gradient, of one excerpt that ends early beside one that does not."""
+    sounds = to_sounds(recordings_of(30, 12), conditional=False)
+    log_prob = make_log_prob(make_net(SMALL))
+    params = jax.jit(make_net(SMALL).init)(KEY, sounds.codes[:1])
+    pieces = cut(sounds, length=30, reach=23)
+    changed = np.where(pieces.excerpts.counted, pieces.excerpts.codes, 200)
+    evaluate = jax.jit(jax.value_and_grad(negative_log_likelihood_loss(log_prob), has_aux=True))
+    one, other = (
+        evaluate(params, (Excerpt(codes, pieces.excerpts.counted), pieces.conditions), KEY)
+        for codes in (pieces.excerpts.codes, changed)
+    )
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_recordings_are_chosen_evenly_and_conditions_name_them():
+    recordings = recordings_of(5, 6, 7, 8)
+    half = choose(recordings, 2)
+    np.testing.assert_array_equal(half.of(1), recordings.of(2))
+    assert half.labels.tolist() == [0, 0]
+    assert choose(recordings, 9) is recordings
+    sounds = to_sounds(recordings, conditional=True)
+    np.testing.assert_array_equal(sounds.conditions[3], [0, 1, 0, 1, 0])
+    assert to_sounds(recordings, conditional=False).conditions.shape == (4, 0)
+
+
+def test_samples_are_asked_for_by_name_or_in_turn():
+    recordings = recordings_of(3, 3, 3, 3)
+    config = replace(SMALL, num_samples=5)
+    asked = speech_report.conditions_asked(config, recordings)
+    assert asked == [(0, 0), (1, 1), (0, 1), (1, 2), (0, 2)]
+    one = replace(config, digit="b", speaker="z")
+    assert set(speech_report.conditions_asked(one, recordings)) == {(1, 2)}
+    with pytest.raises(UserError, match="digit is '7'; give one of a, b"):
+        speech_report.conditions_asked(replace(config, digit="7"), recordings)
+    with pytest.raises(UserError, match="speaker is 'theo'; give one of x, y, z"):
+        speech_report.conditions_asked(replace(config, speaker="theo"), recordings)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conditional", [True, False])
+def test_a_run_gives_its_numbers_and_makes_sounds(tmp_path, conditional):
+    config = replace(SMALL, conditional=conditional, run_dir=tmp_path)
+    numbers = speech.main(config)
+    # 4 steps leave it near the 8 bits of codes that are equally likely.
+    assert 7 < numbers["wavenet_bits"] < 8.2
+    assert numbers["linear_prediction_of_amplitudes_bits"] < numbers["3_gram_bits"] < 7
+    assert numbers["num_test"] == 9
+    gain = numbers["3_gram_bits"] - numbers["wavenet_bits"]
+    assert numbers["gain_over_3_gram"] == pytest.approx(gain)
+    for picture in ("learning_curve", "spectrograms"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+    files = sorted((tmp_path / "samples").glob("*.wav"))
+    assert len(files) == 3
+    with wave.open(str(files[0])) as file:
+        assert (file.getframerate(), file.getnframes()) == (8000, 400)
+    json.dumps(numbers)
+
+
+def test_splits_are_as_large_as_asked_and_the_command_line_wins():
+    splits = load_splits(PRESETS["smoke"])
+    assert [len(part.labels) for part in splits] == [144, 3, 9]
+
+    def parse(*argv):
+        return program.parse("speech", PRESETS, default="tones", vary=with_source, argv=argv)
+
+    assert parse("--no-conditional").run_dir.name == "speech-tones-unconditional"
+    assert parse("--preset", "digits", "--steps", "3").steps == 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_settings_that_make_sense(preset):
+    check(PRESETS[preset])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps is 0; give 1 or more"),
+        ({"num_test": 1}, "num_test is 1; give 2 or more"),
+        ({"rate": 0.0}, r"rate is 0\.0; give more than 0"),
+        ({"ngram": 8}, "ngram is 8; give 7 or less"),
+        ({"seconds": 0.0}, r"seconds is 0\.0; give more than 0"),
+        ({"temperature": -1.0}, r"temperature is -1\.0; give 0 or more"),
+        ({"top_p": 0.0}, r"top_p is 0\.0; give a probability over 0"),
+        ({"conditional": False, "digit": "up a third"}, "give --conditional, or neither"),
+        ({"speaker": "theo"}, "speaker is 'theo'; give one of low, middle, high"),
+    ],
+)
+def test_mistakes_are_named_before_training(settings, message):
+    with pytest.raises(UserError, match=message):
+        speech.main(replace(PRESETS["smoke"], **settings))
+
+
+def test_what_is_asked_of_a_trained_model_may_change_when_it_is_resumed(tmp_path):
+    config = replace(Config(), run_dir=tmp_path / "run")
+    program.prepare_run_dir(config)
+    program.prepare_run_dir(replace(config, resume=True, digit="level", temperature=0.5))
+    with pytest.raises(UserError, match="--steps 600 where this one has --steps 9"):
+        program.prepare_run_dir(replace(config, resume=True, steps=9))
