@@ -128,7 +128,7 @@ def _draw_spectrograms(
     for label, speaker in asked[:NUM_DRAWN]:
         (alike,) = np.nonzero((recordings.labels == label) & (recordings.speakers == speaker))
         # Another one each time, where several samples are alike.
-        index = alike[seen.count((label, speaker)) % len(alike)] if len(alike) else 0
+        index = int(alike[seen.count((label, speaker)) % len(alike)]) if len(alike) else 0
         seen.append((label, speaker))
         name = f"{recordings.label_names[label]} by {recordings.speaker_names[speaker]}"
         if not len(alike):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 from metagen_jax.errors import UserError
 from metagen_jax.generative.autoregressive import SampleElement, sample_remembering
+from metagen_jax.nets.transformer import Transformer
 from metagen_jax.nets.wavenet import Cache, WaveNet
 from metagen_jax.types import AnyArray, Params, PRNGKey
 
@@ -48,6 +49,44 @@ def sample_wavenet(
 
     def remember(cache: Cache, index: Array, previous: Array) -> Any:
         return net.apply(params, cache, index, previous, condition, method="next_sample")
+
+    cache = net.blank_cache(jnp.result_type(*jax.tree.leaves(params)))
+    return sample_remembering(key, remember, cache, sample_element, start, keep)
+
+
+def sample_transformer(
+    key: PRNGKey,
+    net: Transformer,
+    params: Params,
+    sample_element: SampleElement,
+    start: Int[AnyArray, " t"],
+    keep: Bool[AnyArray, " t"],
+) -> Int[Array, " t"]:
+    """`sample_in_order` of one document by a causal `Transformer`, whose keys and values are kept.
+
+    Args:
+      key: token `i` has `fold_in(key, i)`.
+      net: the module; a document has at most its `max_length` tokens.
+      params: its parameters, as `net.init` gives them.
+      sample_element: draws one token of its logits `(vocab_size,)`.
+      start: `(t,)`, the given tokens, such as a prompt, and anything elsewhere; its dtype is the
+        sample's.
+      keep: `(t,)`, which ones are given.
+
+    Returns:
+      The tokens, `(t,)`. Where a document should end, what comes after its end is no part of it.
+
+    Raises:
+      UserError: for more tokens than `max_length`, a net that is not causal, a `keep` of another
+        shape than `start`, or a drawn token that is no single number.
+    """
+    if len(start) > net.max_length:
+        raise UserError(
+            f"start has {len(start)} tokens and max_length is {net.max_length}; give fewer"
+        )
+
+    def remember(cache: Any, index: Array, previous: Array) -> Any:
+        return net.apply(params, cache, index, previous, method="next_token")
 
     cache = net.blank_cache(jnp.result_type(*jax.tree.leaves(params)))
     return sample_remembering(key, remember, cache, sample_element, start, keep)

@@ -11,7 +11,13 @@ from pixel_models import random_params
 from metagen_jax.errors import UserError
 from metagen_jax.generative.autoregressive import sample_in_order, sample_remembering
 from metagen_jax.generative.likelihoods import sample_categorical, sample_gaussian
-from metagen_jax.generative.sequences import draw_categorical, nucleus, sample_wavenet
+from metagen_jax.generative.sequences import (
+    draw_categorical,
+    nucleus,
+    sample_transformer,
+    sample_wavenet,
+)
+from metagen_jax.nets.transformer import Transformer
 from metagen_jax.nets.wavenet import WaveNet
 
 KEY = jax.random.key(0)
@@ -56,6 +62,34 @@ def test_cached_samples_of_wavenet_equal_those_in_order(draw):
             np.testing.assert_array_equal(cached[keep], start[keep])
             drawn.append(cached.tobytes())
     assert len(set(drawn)) == 6, "both the key and the condition count"
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_cached_samples_of_a_transformer_equal_those_in_order(norm):
+    """From nothing, after a prompt, and between tokens that are given."""
+    net = Transformer(
+        8, 12, width=6, depth=2, num_heads=2, hidden_width=7, causal=True, norm=norm, begin=7
+    )
+    start, scattered = half_given(11)
+    start = start.astype(int)
+    params = random_params(net, start, scale=0.8)
+
+    @jax.jit
+    def samples(key, keep):
+        def predict(x):
+            return net.apply(params, x, method="predict_next")
+
+        cached = sample_transformer(key, net, params, sample_categorical, start, keep)
+        return cached, sample_in_order(key, predict, sample_categorical, start, keep)
+
+    drawn = []
+    for key in jax.random.split(KEY, 3):
+        for keep in (np.zeros(11, bool), np.arange(11) < 4, scattered):
+            cached, expected = samples(key, keep)
+            np.testing.assert_array_equal(cached, expected)
+            np.testing.assert_array_equal(cached[keep], start[keep])
+            drawn.append(cached.tobytes())
+    assert len(set(drawn)) == 9
 
 
 def test_samples_under_vmap_over_parameters_and_keys_are_a_loop():
@@ -160,5 +194,13 @@ def test_says_what_is_needed():
         draw_categorical(temperature=-1)
     with pytest.raises(UserError, match=r"keep has shape \(3,\) for values of shape \(5,\)"):
         sample_wavenet(KEY, NET, params, sample_categorical, start, keep[:3])
+    net = Transformer(8, 4, width=2, depth=1, num_heads=1, hidden_width=2, causal=True)
+    start = start.astype(int)
+    with pytest.raises(UserError, match="start has 5 tokens and max_length is 4; give fewer"):
+        sample_transformer(KEY, net, params, sample_categorical, start, keep)
+    net = net.clone(max_length=5, causal=False)
+    of_both_sides = random_params(net, start)
+    with pytest.raises(UserError, match="give causal=True"):
+        sample_transformer(KEY, net, of_both_sides, sample_categorical, start, keep)
     with pytest.raises(UserError, match=r"a drawn element has shape \(8,\) and one of the values"):
         sample_wavenet(KEY, NET, params, lambda key, x: x, start, keep)
