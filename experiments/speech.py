@@ -20,15 +20,9 @@ import optax
 from jaxtyping import Array
 
 from experiments import program, speech_report
+from experiments.excerpts import Excerpt, Sequences, cut, draw_excerpts
 from experiments.speech_config import PRESETS, Config, check, with_source
-from experiments.speech_data import (
-    Excerpt,
-    Sounds,
-    cut,
-    draw_excerpts,
-    load_splits,
-    to_sounds,
-)
+from experiments.speech_data import load_splits, to_sounds
 from experiments.speech_model import bits_a_sample, make_log_prob, make_net, references, told
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
@@ -40,11 +34,11 @@ from metagen_jax.types import Params, PRNGKey
 
 
 def train(
-    config: Config, net: WaveNet, log_prob: LogProb, sounds: Sounds, val: Sounds
+    config: Config, net: WaveNet, log_prob: LogProb, sounds: Sequences, val: Sequences
 ) -> FitResult:
     """Trains the net; the parameters that validate best are the result."""
 
-    def sample(key: PRNGKey, data: Sounds) -> tuple[Excerpt, Array]:
+    def sample(key: PRNGKey, data: Sequences) -> tuple[Excerpt, Array]:
         return draw_excerpts(
             key,
             data,
@@ -64,7 +58,7 @@ def train(
 
     optimizer = optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(net.init)(init_key, sounds.codes[:1], told(sounds.conditions[0]))
+    params = jax.jit(net.init)(init_key, sounds.values[:1], told(sounds.conditions[0]))
     devices = program.devices_for(config.num_devices, config.batch_size)
     grad_fn = data_parallel(gradients(negative_log_likelihood_loss(a_sample)), devices=devices)
     state, data = replicate((init_state(params, optimizer, train_key), sounds), devices=devices)

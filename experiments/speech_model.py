@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from experiments.excerpts import Cut, Excerpt, Sequences, as_list, ratio_over_sequences
 from experiments.speech_config import Config
-from experiments.speech_data import Cut, Excerpt, Sounds, sequences
 from metagen_jax.data.audio import mu_law_decode
 from metagen_jax.evaluation.estimates import Estimate, estimate_ratio
 from metagen_jax.evaluation.likelihood import evaluate_log_prob
@@ -47,10 +47,10 @@ def make_log_prob(net: WaveNet) -> LogProb:
     """Of an example `(excerpt, condition)`, in nats: the sum over the samples that count."""
 
     def apply(params: Params, excerpt: Excerpt, condition: Array) -> Any:
-        return net.apply(params, excerpt.codes, told(condition))
+        return net.apply(params, excerpt.values, told(condition))
 
     def of_samples(excerpt: Excerpt, logits: Array) -> Array:
-        return jnp.where(excerpt.counted, categorical_log_prob(excerpt.codes, logits), 0)
+        return jnp.where(excerpt.counted, categorical_log_prob(excerpt.values, logits), 0)
 
     return autoregressive_log_prob(apply, of_samples)
 
@@ -65,14 +65,13 @@ def bits_a_sample(config: Config, log_prob: LogProb, params: Params, pieces: Cut
         chunk=config.chunk,
         devices=jax.local_devices()[: config.num_devices],
     ).per_task
-    counts = pieces.excerpts.counted.sum(1)
-    per_recording = (np.bincount(pieces.owners, weights=of) for of in (-nats / np.log(2), counts))
-    return estimate_ratio(*per_recording)
+    counts = np.bincount(pieces.owners, weights=pieces.excerpts.counted.sum(1)).astype(int)
+    return ratio_over_sequences(-nats / np.log(2), pieces, counts)
 
 
-def references(config: Config, train: Sounds, test: Sounds) -> dict[str, Estimate]:
+def references(config: Config, train: Sequences, test: Sequences) -> dict[str, Estimate]:
     """Bits a sample of the models that a WaveNet must beat, by name."""
-    learn, asked = sequences(train), sequences(test)
+    learn, asked = as_list(train), as_list(test)
     codes = np.arange(NUM_CODES, dtype=np.float64)
     between = codes[1:] - 0.5
     amplitudes, edges = (np.asarray(mu_law_decode(x), np.float64) for x in (codes, between))

@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 
 from experiments import program, speech, speech_report
+from experiments.excerpts import Excerpt, as_list, cut, draw_excerpts
 from experiments.speech_config import PRESETS, Config, check, with_source
-from experiments.speech_data import (
-    Excerpt,
-    choose,
-    cut,
-    draw_excerpts,
-    load_splits,
-    sequences,
-    to_sounds,
-)
+from experiments.speech_data import choose, load_splits, to_sounds
 from experiments.speech_model import bits_a_sample, make_log_prob, make_net, told
 from metagen_jax.data.audio import Recordings
 from metagen_jax.errors import UserError
@@ -46,13 +39,13 @@ def recordings_of(*lengths):
 def test_excerpts_are_what_they_say_and_count_what_they_saw_enough_before():
     sounds = to_sounds(recordings_of(40, 3, 25), conditional=True)
     excerpts, conditions = draw_excerpts(KEY, sounds, count=500, length=10, warm_up=6)
-    assert excerpts.codes.shape == (500, 16)
+    assert excerpts.values.shape == (500, 16)
     seen = set()
     for codes, counted, condition in zip(*map(np.asarray, excerpts), conditions, strict=True):
         owner = int(np.flatnonzero((np.asarray(sounds.conditions) == condition).all(1))[0])
         first, last = np.flatnonzero(counted)[[0, -1]]
         assert counted[first : last + 1].all()
-        of = sequences(sounds)[owner]
+        of = as_list(sounds)[owner]
         # Where they lie in their recording; the codes of a piece of three or more are its own.
         [begin] = [
             i for i in range(len(of)) if np.array_equal(of[i : i + last + 1], codes[: last + 1])
@@ -69,13 +62,13 @@ def test_a_cut_counts_every_sample_once_and_is_exact():
     net = make_net(SMALL)
     assert net.receptive_field == 23
     log_prob = make_log_prob(net)
-    params = jax.jit(net.init)(KEY, sounds.codes[:1], told(jnp.asarray(sounds.conditions[0])))
+    params = jax.jit(net.init)(KEY, sounds.values[:1], told(jnp.asarray(sounds.conditions[0])))
     pieces = cut(sounds, length=13, reach=23)
     assert pieces.excerpts.counted.sum() == 120
     config = replace(SMALL, num_devices=1, chunk=3)
     bits = bits_a_sample(config, log_prob, params, pieces)
     alone = []
-    for codes, condition in zip(sequences(sounds), sounds.conditions, strict=True):
+    for codes, condition in zip(as_list(sounds), sounds.conditions, strict=True):
         whole = Excerpt(codes, np.ones(len(codes), bool))
         alone.append(float(log_prob(params, (whole, condition), KEY)))
     assert float(bits.mean) == pytest.approx(-sum(alone) / 120 / np.log(2), rel=1e-5)
@@ -88,13 +81,13 @@ def test_what_does_not_count_changes_nothing():
     """Neither loss nor gradient, of one excerpt that ends early beside one that does not."""
     sounds = to_sounds(recordings_of(30, 12), conditional=False)
     log_prob = make_log_prob(make_net(SMALL))
-    params = jax.jit(make_net(SMALL).init)(KEY, sounds.codes[:1])
+    params = jax.jit(make_net(SMALL).init)(KEY, sounds.values[:1])
     pieces = cut(sounds, length=30, reach=23)
-    changed = np.where(pieces.excerpts.counted, pieces.excerpts.codes, 200)
+    changed = np.where(pieces.excerpts.counted, pieces.excerpts.values, 200)
     evaluate = jax.jit(jax.value_and_grad(negative_log_likelihood_loss(log_prob), has_aux=True))
     one, other = (
         evaluate(params, (Excerpt(codes, pieces.excerpts.counted), pieces.conditions), KEY)
-        for codes in (pieces.excerpts.codes, changed)
+        for codes in (pieces.excerpts.values, changed)
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -1,0 +1,103 @@
+"""Excerpts of one length of sequences of any length, for training and for exact evaluation."""
+
+import itertools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from metagen_jax.evaluation.estimates import Estimate, estimate_ratio
+from metagen_jax.types import AnyArray, PRNGKey
+
+
+class Excerpt(NamedTuple):
+    """A piece of a sequence.
+
+    Attributes:
+      values: of its elements, and anything after the sequence's end.
+      counted: of which elements the probability counts; the others are there to be seen.
+    """
+
+    values: Integer[AnyArray, "*n t"]
+    counted: Bool[AnyArray, "*n t"]
+
+
+class Sequences(NamedTuple):
+    """Sequences as a model takes them.
+
+    Attributes:
+      values: the elements of all, one sequence after the other.
+      starts: where each begins, and at the end how many elements there are.
+      conditions: what the model is told of each; of no entries if that is nothing.
+    """
+
+    values: Integer[AnyArray, " total"]
+    starts: Int[AnyArray, " n_plus_1"]
+    conditions: Float[AnyArray, "n d"]
+
+
+class Cut(NamedTuple):
+    """Sequences cut into excerpts, in which every element counts once.
+
+    Attributes:
+      excerpts: of all sequences.
+      conditions: of each excerpt.
+      owners: the sequence of each excerpt.
+    """
+
+    excerpts: Excerpt
+    conditions: Float[np.ndarray, "m d"]
+    owners: Int[np.ndarray, " m"]
+
+
+def as_list(sequences: Sequences) -> list[np.ndarray]:
+    """The elements of each sequence."""
+    return np.split(np.asarray(sequences.values), np.asarray(sequences.starts)[1:-1])
+
+
+def draw_excerpts(
+    key: PRNGKey, sequences: Sequences, *, count: int, length: int, warm_up: int
+) -> tuple[Excerpt, Float[Array, "count d"]]:
+    """Excerpts from places that are drawn evenly from all elements of all sequences.
+
+    From the place on `length` elements count, as far as the sequence goes, and `warm_up` before it
+    are seen; near the beginning of a sequence the excerpt begins there, and all of it counts.
+    """
+    values, starts, conditions = sequences
+    place = jax.random.randint(key, (count,), 0, len(values))
+    owner = jnp.searchsorted(starts, place, side="right") - 1
+    begin = jnp.maximum(place - warm_up, starts[owner])
+    first = jnp.where(begin == starts[owner], begin, place)
+    index = begin[:, None] + jnp.arange(warm_up + length)
+    counted = (index >= first[:, None]) & (index < starts[owner + 1][:, None])
+    return Excerpt(values[jnp.minimum(index, len(values) - 1)], counted), conditions[owner]
+
+
+def cut(sequences: Sequences, *, length: int, reach: int) -> Cut:
+    """All sequences in pieces of `length` that count, each with `reach` elements before it.
+
+    Of a net that sees no further than `reach` this is the exact likelihood; of others that of the
+    model which sees as far as the excerpt goes.
+    """
+    values, starts = np.asarray(sequences.values), np.asarray(sequences.starts)
+    pieces = [
+        (owner, first)
+        for owner, (start, end) in enumerate(itertools.pairwise(starts))
+        for first in range(start, end, length)
+    ]
+    owners, first = np.array(pieces).T
+    begin = np.maximum(first - reach, starts[owners])
+    index = begin[:, None] + np.arange(reach + length)
+    end = np.minimum(first + length, starts[owners + 1])
+    counted = (index >= first[:, None]) & (index < end[:, None])
+    excerpts = Excerpt(values[np.minimum(index, len(values) - 1)], counted)
+    return Cut(excerpts, np.asarray(sequences.conditions)[owners], owners)
+
+
+def ratio_over_sequences(
+    of_pieces: Float[np.ndarray, " m"], pieces: Cut, counts: Int[np.ndarray, " n"]
+) -> Estimate:
+    """The sum over all pieces by that of the counts, with its interval over sequences."""
+    return estimate_ratio(np.bincount(pieces.owners, weights=of_pieces), counts)
