@@ -29,13 +29,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Integer, PyTree
+from jaxtyping import Array, Bool, Float, Int, Integer, PyTree
 
 from metagen_jax.errors import UserError
 from metagen_jax.similarity import unit_rows
 from metagen_jax.types import AnyArray
 
 Scalar = float | Float[Array, ""]
+
+# The score of a candidate that is none: finite, as all of a device's may be so, and a sum of no
+# terms has no derivative. Beside any score of a candidate its exponential is 0.
+_ABSENT = -1e30
 
 
 class _Rows(NamedTuple):
@@ -95,6 +99,7 @@ def info_nce(
     candidates: Float[AnyArray, "m features"],
     *,
     temperature: Scalar = 1.0,
+    valid: Bool[AnyArray, " m"] | None = None,
     axis_name: str | None = None,
     block_size: int | None = None,
 ) -> Float[Array, " n"]:
@@ -110,6 +115,8 @@ def info_nce(
       candidates: `(m, features)`, m >= n: the first `n` belong to the queries, further ones, such
         as a queue, to none.
       temperature: t, positive.
+      valid: `(m,)`, which candidates there are; the others, such as padding, count nowhere, and the
+        values of their own queries mean nothing. None for all.
       axis_name: of the devices whose candidates count too.
       block_size: queries that are compared at once; None for all.
 
@@ -134,11 +141,20 @@ def info_nce(
             f"there are {num_queries} queries and {len(candidates)} candidates; give each query "
             "its own candidate, in the same order, and further ones behind"
         )
-    # No candidate is its query.
+    if valid is not None and jnp.shape(valid) != (len(candidates),):
+        raise UserError(
+            f"valid has shape {jnp.shape(valid)} for {len(candidates)} candidates; give one each"
+        )
+    # No candidate is its query; those that are not valid are left out as if they were.
     rows = _Rows(queries / temperature, jnp.full(num_queries, -1))
-    columns = _Rows(candidates, jnp.zeros(len(candidates), jnp.int32))
+    ids = jnp.where(jnp.ones(len(candidates), bool) if valid is None else valid, 0, -1)
     normalizers = _over_candidates(
-        _log_normalizer, jnp.logaddexp, rows, columns, axis_name=axis_name, block_size=block_size
+        functools.partial(_log_normalizer, absent=_ABSENT),
+        jnp.logaddexp,
+        rows,
+        _Rows(candidates, ids),
+        axis_name=axis_name,
+        block_size=block_size,
     )
     return normalizers - _dot_rows(rows.vectors, candidates[:num_queries])
 
@@ -232,9 +248,9 @@ def sigmoid_pairs(
     )
 
 
-def _log_normalizer(row: _Rows, columns: _Rows) -> Float[Array, ""]:
+def _log_normalizer(row: _Rows, columns: _Rows, *, absent: float = -jnp.inf) -> Float[Array, ""]:
     """`log sum_k exp(row . column_k)` over columns that are not the row itself."""
-    return jax.nn.logsumexp(jnp.where(columns.ids != row.ids, _scores(row, columns), -jnp.inf))
+    return jax.nn.logsumexp(jnp.where(columns.ids != row.ids, _scores(row, columns), absent))
 
 
 def _log_normalizer_and_positives(row: _Rows, columns: _Rows) -> tuple[Array, Array, Array]:

@@ -1,14 +1,17 @@
-"""Contrastive predictive coding on images: patches further down are predicted from those above.
+"""Contrastive predictive coding: what comes later is to be found, from a summary of what came.
+
+On images patches further down are predicted from those above (`cpc_loss`), in sounds and series
+frames from all frames before (`cpc_sequence_loss`).
 
 Van den Oord, Li, Vinyals: Representation Learning with Contrastive Predictive Coding, 2018.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import task_keys
@@ -22,7 +25,11 @@ Contextualise = Callable[[Params, Array], Any]
 which each sees its own row and those above, such as `metagen_jax.nets.row_context.RowContext`."""
 
 Predict = Callable[[Params, Array], Any]
-"""`predict(params, (n, context)) -> (n, num_steps, features)`: a prediction for each step down."""
+"""`predict(params, (n, context)) -> (n, num_steps, features)`: a prediction for each step down, or
+ahead."""
+
+Negatives = Literal["batch", "sequence"]
+"""What a frame is to be told from: the frames of all sequences, or those of its own alone."""
 
 
 def patch_grid(
@@ -118,3 +125,119 @@ def cpc_loss(
         return jnp.stack(losses).mean(), {"last_step": losses[-1]}
 
     return loss_fn
+
+
+def cpc_sequence_loss(
+    embed: Callable[[Params, Array], Any],
+    contextualise: Callable[[Params, Array], Any],
+    predict: Predict,
+    *,
+    num_steps: int,
+    num_frames: Callable[[Array], Array] | None = None,
+    negatives: Negatives = "batch",
+    axis_name: str | None = None,
+    block_size: int | None = None,
+) -> LossFn:
+    """The mean of `info_nce` over all frames that are predicted, 1 to `num_steps` frames ahead.
+
+    From the context `c_t` the prediction `W_k c_t` is to find the frame `z_{t+k}`, by the inner
+    product, among the frames k, k+1, ... of all sequences, or of its own: equation 4 and section
+    3.1 of van den Oord et al. 2018. Every pair of a step and a frame that there is counts alike;
+    the first context sees one frame, and the last `k` frames predict nothing k steps ahead.
+
+    Frames from all sequences tell what a sequence is like as a whole, such as who speaks; those of
+    the same one can only be told apart by what changes in it, such as what is said (their table 2).
+
+    Args:
+      embed: `(params, sequences (n, t, ...)) -> frames (n, frames, features)`, such as
+        `metagen_jax.nets.strided_conv.StridedConv` gives. Frames that see entries that others also
+        see make the first steps easy.
+      contextualise: `(params, frames) -> (n, frames, context)`, of which each may see its own frame
+        and those before it, such as `metagen_jax.nets.gru.GRU`.
+      predict: predicts what is ahead.
+      num_steps: K, at least 1; published: 12 frames of 10 ms.
+      num_frames: frames of a sequence of so many entries, such as that of `StridedConv`; None for a
+        frame each entry.
+      negatives: "batch" or "sequence".
+      axis_name: of the devices over whose sequences the mean is taken, and whose frames are
+        candidates too where `negatives` is "batch". Without it several devices' mean of means
+        weighs a sequence by what else is on its device.
+      block_size: predictions that are compared at once.
+
+    Returns:
+      A loss over batches `(sequences (n, t, ...), lengths (n,))`; what lies behind a sequence's
+      length counts nowhere, and 0 for sequences without any prediction. Its metric `information`,
+      in nats, is the mean of `ln N` less the loss, N the number of candidates: it estimates, from
+      below and never above `ln N`, what a context tells of a frame (their section 2.3). It raises a
+      UserError for too few frames, unknown `negatives`, or predictions of another shape.
+    """
+    if negatives not in get_args(Negatives):
+        raise UserError(f'negatives is {negatives!r}; give "batch" or "sequence"')
+
+    def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
+        del key
+        sequences, lengths = batch
+        z = embed(params, sequences)
+        lengths = lengths if num_frames is None else num_frames(lengths)
+        if z.ndim != 3 or not 1 <= num_steps < z.shape[1]:
+            raise UserError(
+                f"num_steps is {num_steps} for frames of shape {z.shape}; give (n, frames, "
+                "features), and fewer steps than frames"
+            )
+        valid = jnp.arange(z.shape[1]) < lengths[:, None]
+        contexts = contextualise(params, z)
+        predictions = predict(params, contexts.reshape(-1, contexts.shape[-1]))
+        expected = (valid.size, num_steps, z.shape[-1])
+        if predictions.shape != expected:
+            raise UserError(
+                f"predictions have shape {predictions.shape}; give {num_steps} vectors like the "
+                f"frames for each context, {expected}"
+            )
+        predictions = predictions.reshape(*valid.shape, num_steps, -1)
+        total, candidates, count = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
+        for step in range(1, num_steps + 1):
+            of_step = valid[:, step:]
+            losses, log_num = _find(
+                predictions[:, :-step, step - 1],
+                z[:, step:],
+                of_step,
+                negatives=negatives,
+                axis_name=axis_name,
+                block_size=block_size,
+            )
+            total += jnp.where(of_step, losses, 0).sum()
+            candidates += jnp.where(of_step, log_num, 0).sum()
+            count += of_step.sum()
+        share = 1 / jnp.maximum(count, 1)
+        if axis_name is not None:
+            # The mean over devices of what each gives is the sum of all over the count of all.
+            share = jax.lax.axis_size(axis_name) / jnp.maximum(jax.lax.psum(count, axis_name), 1)
+        return total * share, {"information": (candidates - total) * share}
+
+    return loss_fn
+
+
+def _find(
+    predictions: Float[Array, "n t f"],
+    frames: Float[Array, "n t f"],
+    valid: Bool[Array, "n t"],
+    *,
+    negatives: Negatives,
+    axis_name: str | None,
+    block_size: int | None,
+) -> tuple[Float[Array, "n t"], Float[Array, "n #t"]]:
+    """The loss of each prediction, and the logarithm of how many candidates it has."""
+
+    def log_of(count: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+        return jnp.log(jnp.maximum(count, 1))
+
+    if negatives == "sequence":
+        losses = jax.vmap(lambda q, c, v: info_nce(q, c, valid=v, block_size=block_size))(
+            predictions, frames, valid
+        )
+        return losses, log_of(valid.sum(1, keepdims=True))
+    flat = (x.reshape(-1, x.shape[-1]) for x in (predictions, frames))
+    losses = info_nce(*flat, valid=valid.ravel(), axis_name=axis_name, block_size=block_size)
+    count = valid.sum()
+    count = count if axis_name is None else jax.lax.psum(count, axis_name)
+    return losses.reshape(valid.shape), jnp.full((len(valid), 1), log_of(count))
