@@ -1,4 +1,8 @@
-"""Spectrograms of sounds, as arrays and as a picture of many."""
+"""Spectrograms of sounds, as arrays and as a picture of many.
+
+Davis, Mermelstein: Comparison of Parametric Representations for Monosyllabic Word Recognition in
+Continuously Spoken Sentences, 1980: bands of equal width to the ear.
+"""
 
 from collections.abc import Sequence
 
@@ -38,6 +42,41 @@ def spectrogram(
     starts = np.arange(0, len(amplitudes) + 1, hop)
     frames = padded[starts[:, None] + np.arange(window)]
     return np.abs(np.fft.rfft(frames * (weights / weights.sum()), axis=-1))
+
+
+def log_mel(
+    amplitudes: Float[np.ndarray, " t"],
+    *,
+    rate: int,
+    num_bands: int = 40,
+    window: int = 256,
+    hop: int = 64,
+) -> Float[np.ndarray, "frames {num_bands}"]:
+    """The logarithm of the power in bands that are equally wide in mel, `2595 log10(1 + f/700)`.
+
+    Bands are triangles over the power of `spectrogram`, each from the middle of the one before to
+    that of the next; together they reach from 0 to half the rate.
+
+    Args:
+      amplitudes: one sound, from -1 to 1.
+      rate: samples a second.
+      num_bands: how many.
+      window: of the spectrogram.
+      hop: likewise.
+
+    Returns:
+      `(frames, num_bands)`; silence is ln 1e-10.
+
+    Raises:
+      UserError: as `spectrogram`.
+    """
+    power = spectrogram(amplitudes, window=window, hop=hop) ** 2
+    highest = 2595 * np.log10(1 + rate / 2 / 700)
+    edges = 700 * (10 ** (np.linspace(0, highest, num_bands + 2) / 2595) - 1)
+    low, middle, high = edges[:-2], edges[1:-1], edges[2:]
+    frequencies = np.arange(power.shape[1])[:, None] * rate / window
+    rising, falling = (frequencies - low) / (middle - low), (high - frequencies) / (high - middle)
+    return np.log(power @ np.maximum(np.minimum(rising, falling), 0) + 1e-10)
 
 
 def plot_spectrograms(

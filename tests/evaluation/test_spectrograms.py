@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from metagen_jax.errors import UserError
-from metagen_jax.evaluation.spectrograms import plot_spectrograms, spectrogram
+from metagen_jax.evaluation.spectrograms import log_mel, plot_spectrograms, spectrogram
 
 
 def test_a_sine_has_half_its_amplitude_in_its_bin_while_it_sounds():
@@ -48,3 +48,29 @@ def test_says_what_is_needed(tmp_path):
             plot_spectrograms(sounds, tmp_path / "a.png", title="", rate=8000)
     with pytest.raises(UserError, match="window is 1 and hop 3; give at least 2 and 1"):
         spectrogram(np.zeros(9), window=1, hop=3)
+
+
+def test_the_power_of_a_sine_is_in_the_band_of_its_pitch_and_silence_has_none():
+    mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
+    for frequency in (500, 1500, 3000):
+        sine = 0.5 * np.sin(2 * np.pi * frequency * np.arange(4000) / 8000)
+        bands = log_mel(sine, rate=8000, num_bands=20)
+        assert bands.shape == (63, 20)
+        expected = mel(frequency) / mel(4000) * 21 - 1
+        assert abs(bands[20].argmax() - expected) < 1
+    np.testing.assert_allclose(log_mel(np.zeros(500), rate=8000), np.log(1e-10))
+
+
+def test_bands_are_triangles_of_the_power():
+    """One band by a loop over bins."""
+    sound = np.random.default_rng(0).normal(size=300)
+    actual = log_mel(sound, rate=8000, num_bands=6, window=64, hop=32)
+    edges = 700 * (10 ** (np.linspace(0, np.log10(1 + 4000 / 700), 8)) - 1)
+    for band in range(6):
+        low, middle, high = edges[band : band + 3]
+        total = 0.0
+        for k in range(33):
+            f = k * 8000 / 64
+            weight = min((f - low) / (middle - low), (high - f) / (high - middle))
+            total += max(weight, 0) * spectrogram(sound, window=64, hop=32)[4, k] ** 2
+        np.testing.assert_allclose(actual[4, band], np.log(total + 1e-10), rtol=1e-9)
