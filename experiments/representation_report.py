@@ -17,8 +17,8 @@ from experiments.representation_data import Part, Splits, is_characters, make_vi
 from experiments.representation_method import Method
 from metagen_jax.data.episodes import check_episodes, group_by_class, sample_episode
 from metagen_jax.evaluation import plots
+from metagen_jax.evaluation.feature_maps import plot_feature_map
 from metagen_jax.evaluation.few_shot import Sample, evaluate_few_shot
-from metagen_jax.evaluation.figures import COLOURS, new_figure, save
 from metagen_jax.evaluation.image_grids import plot_image_grid
 from metagen_jax.evaluation.probes import (
     describe_collapse,
@@ -156,7 +156,13 @@ def draw(
         title=f"{config.dataset}: images and views of them",
     )
     _draw_neighbours(config, images, features, some[:8], what)
-    _draw_map(config, splits.test, features, some[:NUM_MEASURED], what)
+    chosen = some[:NUM_MEASURED]
+    plot_feature_map(
+        features[chosen],
+        splits.test.labels[chosen],
+        folder / "map.png",
+        title=f"{what}: test images by two principal directions",
+    )
     drawn = ["learning_curve.png", "views.png", "neighbours.png", "map.png"]
     if method.draw is not None:
         rows = method.draw(params, jnp.asarray(images[some[:12]]), jax.random.key(0))
@@ -181,24 +187,3 @@ def _draw_neighbours(
         title=f"{what}: nearest test images",
         note="Left: the image itself.",
     )
-
-
-def _draw_map(
-    config: Config, test: Part, features: Features, chosen: np.ndarray, what: str
-) -> None:
-    """Two principal directions of the features of length 1, a colour for each of six classes."""
-    unit = np.asarray(unit_rows(jnp.asarray(features[chosen])))
-    centred = unit - unit.mean(0)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    places = centred @ directions[:2].T
-    classes, counts = np.unique(test.labels[chosen], return_counts=True)
-    shown = classes[np.argsort(-counts, kind="stable")][: len(COLOURS)]
-    figure = new_figure(6.0, 5.0, f"{what}: test images by two principal directions")
-    axes = figure.subplots()
-    for colour, label in zip(COLOURS, shown, strict=False):
-        of_class = test.labels[chosen] == label
-        axes.scatter(*places[of_class].T[:2], s=8, color=colour, label=f"class {label}")
-    axes.legend(frameon=False)
-    axes.set_xticks([])
-    axes.set_yticks([])
-    save(figure, config.run_dir / "map.png")
