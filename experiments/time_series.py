@@ -84,16 +84,19 @@ def train(
     )
 
 
-def extract(net: Net, params: Params, part: Part, length: int) -> np.ndarray:
-    """Frozen features of every sequence, of its first entries."""
-    values, lengths = padded(part.sequences, length)
+def make_extract(net: Net, length: int) -> Callable[[Params, Part], np.ndarray]:
+    """`extract(params, part)`: frozen features of every sequence, of its first entries."""
 
     def of_rows(of: tuple[Params, Array, Array], rows: Array) -> Array:
         params, values, lengths = of
         return features(net, params, (values[rows], lengths[rows]))
 
-    data = params, jnp.asarray(values), jnp.asarray(lengths)
-    return extract_features(of_rows, data, np.arange(len(values)), block_size=BLOCK)
+    def extract(params: Params, part: Part) -> np.ndarray:
+        values, lengths = padded(part.sequences, length)
+        data = params, jnp.asarray(values), jnp.asarray(lengths)
+        return extract_features(of_rows, data, np.arange(len(values)), block_size=BLOCK)
+
+    return extract
 
 
 def of_parts(data: Dataset, of: Callable[[Part], np.ndarray]) -> report.Features:
@@ -112,7 +115,7 @@ def learn_and_judge(
     """All that is done with one set: accuracies, and numbers of the training."""
     whole, length = longest(config, name, data.learned.sequences)
     net = make_net(config, name, length)
-    method = METHODS[config.method](config, net)
+    method, extract = METHODS[config.method](config, net), make_extract(net, whole)
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     first = jnp.zeros((1, length, data.learned.sequences.values.shape[1]))
     start = jax.jit(method.init)(init_key, first)
@@ -123,8 +126,8 @@ def learn_and_judge(
     before = fingerprint(result.best_params)
     kinds = {
         report.RAW: of_parts(data, lambda part: part.raw),
-        "random initialisation": of_parts(data, lambda part: extract(net, start, part, whole)),
-        config.method: of_parts(data, lambda part: extract(net, result.best_params, part, whole)),
+        "random initialisation": of_parts(data, lambda part: extract(start, part)),
+        config.method: of_parts(data, lambda part: extract(result.best_params, part)),
     }
     judged: report.Judged = {}
     for target, labels in data.learned.labels.items():
@@ -139,7 +142,7 @@ def learn_and_judge(
             length=length,
             run_dir=folder / f"supervised-{target}",
         ).best_params
-        of_labels = of_parts(data, lambda part, params=params: extract(net, params, part, whole))
+        of_labels = of_parts(data, lambda part, params=params: extract(params, part))
         print(f"{name}: judging frozen features, {target}")
         judged |= report.judge(config, name, data, target, {**kinds, "supervised": of_labels})
     program.require(

@@ -48,6 +48,7 @@ class Dataset(NamedTuple):
       test: to report.
       few: of which episodes are drawn.
       raw_name: what `raw` is.
+      class_names: of the labels, by what is asked.
     """
 
     learned: Part
@@ -56,6 +57,7 @@ class Dataset(NamedTuple):
     test: Part
     few: Part
     raw_name: str
+    class_names: dict[str, tuple[str, ...]]
 
 
 def load(config: Config, name: DatasetName) -> Dataset:
@@ -80,7 +82,8 @@ def load(config: Config, name: DatasetName) -> Dataset:
         return Part(sequences, {"class": of.labels}, of.series.reshape(count, -1))
 
     known, asked = part(train), part(test)
-    return Dataset(known, known, None, asked, asked, "the series as they are")
+    names = {"class": train.class_names}
+    return Dataset(known, known, None, asked, asked, "the series as they are", names)
 
 
 def _load_sounds(config: Config, name) -> Dataset:
@@ -88,21 +91,22 @@ def _load_sounds(config: Config, name) -> Dataset:
         load_recordings(name, split, data_dir=config.data_dir)
         for split in ("train", "validation", "test")
     ]
-    names = parts[0].speaker_names
-    if unknown := set(config.held_out) - set(names):
+    speakers = parts[0].speaker_names
+    names = {"digit": parts[0].label_names, "speaker": speakers}
+    if unknown := set(config.held_out) - set(speakers):
         raise DataError(
-            f"{name} has no speaker {', '.join(sorted(unknown))}; give some of {', '.join(names)}"
+            f"{name} has no speaker {', '.join(sorted(unknown))}; give some of "
+            f"{', '.join(speakers)}"
         )
     scale = parts[0].samples.astype(np.float32).std()
     train, val, test = (_part_of_sounds(part, scale) for part in parts)
     if not config.held_out:
-        return Dataset(train, train, val, test, test, "log-mel statistics")
-    unseen = [names.index(speaker) for speaker in config.held_out]
+        return Dataset(train, train, val, test, test, "log-mel statistics", names)
+    unseen = [speakers.index(speaker) for speaker in config.held_out]
     new = [np.isin(part.labels["speaker"], unseen) for part in (train, val, test)]
     few = [choose(part, rows) for part, rows in zip((train, val, test), new, strict=True)]
-    return Dataset(
-        choose(train, ~new[0]), train, val, test, functools.reduce(_join, few), "log-mel statistics"
-    )
+    seen, few = choose(train, ~new[0]), functools.reduce(_join, few)
+    return Dataset(seen, train, val, test, few, "log-mel statistics", names)
 
 
 def _part_of_sounds(recordings: Recordings, scale: float) -> Part:

@@ -191,7 +191,7 @@ def draw_set(
         title=f"{config.method} of {name}: training",
     )
     target, labels = next(iter(data.test.labels.items()))
-    names = [f"{target} {label}" for label in range(int(labels.max()) + 1)]
+    names = [f"class {name}" if name.isdigit() else name for name in data.class_names[target]]
     _draw_examples(name, data.test, names, labels, folder / "examples.png")
     plot_feature_map(
         features,

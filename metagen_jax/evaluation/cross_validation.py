@@ -1,5 +1,6 @@
 """A linear probe where labels are too few to spare any for validation."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -80,24 +81,44 @@ def cross_validated_probe(
     size = len(labels) - max(map(len, parts))
     kept = np.stack([np.setdiff1d(np.arange(len(labels)), part)[-size:] for part in parts])
     order = sorted(penalties, reverse=True)
-
-    def fit(chosen: jax.Array, penalty: jax.Array) -> LinearClassifier:
-        return fit_logistic(
-            known[chosen],
-            jnp.asarray(labels)[chosen],
-            num_classes=num_classes,
-            penalty=penalty,
-            num_steps=num_steps,
-        )
-
-    of_folds = jax.jit(jax.vmap(jax.vmap(fit, (0, None)), (None, 0)))(
-        jnp.asarray(kept), jnp.asarray(order)
+    of_folds = _fit(
+        known,
+        jnp.asarray(labels),
+        jnp.asarray(kept),
+        jnp.asarray(order),
+        num_classes=num_classes,
+        num_steps=num_steps,
     )
     predicted = jax.vmap(jax.vmap(lambda classifier: classifier(known).argmax(1)))(of_folds)
     right = np.asarray(predicted == jnp.asarray(labels))
     left_out = np.concatenate([right[:, i, part] for i, part in enumerate(parts)], axis=1)
     accuracies = left_out.mean(1)
     best = int(accuracies.argmax())
-    classifier = jax.jit(fit)(jnp.arange(len(labels)), order[best])
+    of_all = _fit(
+        known,
+        jnp.asarray(labels),
+        jnp.arange(len(labels))[None],
+        jnp.asarray(order[best : best + 1]),
+        num_classes=num_classes,
+        num_steps=num_steps,
+    )
+    classifier = jax.tree.map(lambda x: x[0, 0], of_all)
     correct = np.asarray(classifier(asked).argmax(1)) == np.asarray(test[1])
     return CrossValidatedProbe(correct, float(accuracies[best]), order[best])
+
+
+# Compiled once for all features of one shape.
+@functools.partial(jax.jit, static_argnames=("num_classes", "num_steps"))
+def _fit(features, labels, chosen, penalties, *, num_classes, num_steps) -> LinearClassifier:
+    """The classifier of each penalty and each choice of examples `(choices, n)`."""
+
+    def fit(chosen: jax.Array, penalty: jax.Array) -> LinearClassifier:
+        return fit_logistic(
+            features[chosen],
+            labels[chosen],
+            num_classes=num_classes,
+            penalty=penalty,
+            num_steps=num_steps,
+        )
+
+    return jax.vmap(jax.vmap(fit, (0, None)), (None, 0))(chosen, penalties)
