@@ -150,7 +150,7 @@ def test_nothing_is_learned_from_speakers_who_are_held_out():
 @pytest.mark.slow
 def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path):
     numbers = time_series.main(replace(SMOKE, run_dir=tmp_path))
-    assert list(numbers["accuracies"])[0] == "waves: class"
+    assert next(iter(numbers["accuracies"])) == "waves: class"
     kinds = numbers["accuracies"]["waves: class"]
     for kind in (RAW, "random initialisation", "cpc", "supervised"):
         assert 0.15 < kinds[kind] <= 1
