@@ -10,7 +10,7 @@ ReLUs, patches and what is computed again to save memory do not count.
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
@@ -84,7 +84,7 @@ def outer_step(row: Row) -> Work:
     return Work(row.num_tasks * flops, row.num_tasks * moved)
 
 
-def count_flops(jaxpr: core.Jaxpr) -> int:
+def count_flops(jaxpr: Any) -> int:
     """FLOPs of all matrix products and convolutions that a program takes, scans in full."""
     total = 0
     for equation in jaxpr.eqns:
@@ -100,7 +100,7 @@ def count_flops(jaxpr: core.Jaxpr) -> int:
     return total
 
 
-def _convolved(equation: core.JaxprEqn) -> int:
+def _convolved(equation: Any) -> int:
     """Products in a convolution or one of its transposes: those of its outputs' positions."""
     first, second = (v.aval.shape for v in equation.invars)
     result = equation.outvars[0].aval.shape

@@ -49,7 +49,7 @@ def made(config: Config, shape: Shape) -> Model:
         return sample_fixed_point(key, predict, draw, image, known).sample
 
     def init(key: PRNGKey, images: Array) -> Params:
-        params = net.init(key, to_floats(config, images[0]).ravel())
+        params: Any = net.init(key, to_floats(config, images[0]).ravel())
         if config.values == "levels":
             return params
         # At the log-odds of the mean image: of a pixel that is hardly ever set the net would learn
@@ -88,9 +88,9 @@ def pixelrnn(config: Config, shape: Shape) -> Model:
     )
 
     def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
-        predict = functools.partial(net.apply, params)
-        draw = _draw(config, shape)
-        return sample_fixed_point(key, predict, draw, image, known[..., 0]).sample
+        apply: Callable[..., Any] = net.apply
+        predict = functools.partial(apply, params)
+        return sample_fixed_point(key, predict, _draw(config, shape), image, known[..., 0]).sample
 
     return _of_pixels(config, shape, net, complete)
 
