@@ -16,7 +16,7 @@ from experiments.language_encoder import SPECIAL, get_encoder, in_blocks, net_of
 from metagen_jax.data.text import PAD, SentencePairs
 from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.bag_of_words import count_tokens, fit_bags
-from metagen_jax.evaluation.estimates import Estimate, estimate_ratio, percent
+from metagen_jax.evaluation.estimates import Estimate, estimate, estimate_ratio, percent
 from metagen_jax.nets.mlp import MLP
 from metagen_jax.self_supervised.sentence_order import sentence_order_loss
 from metagen_jax.types import Params
