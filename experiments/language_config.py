@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from experiments import program
 
@@ -32,6 +32,8 @@ class Config:
     segment_length: int = 40
     """Tokens that a segment has at least, in whole sentences or turns, where their order is
     asked."""
+    pair_length: int = 128
+    """Tokens of a pair of segments, special ones included; at most `row_length`."""
     width: int = 128
     """Features of a token."""
     depth: int = 4
@@ -47,7 +49,7 @@ class Config:
     """Steps of masked language modelling."""
     batch_size: int = 32
     """Rows in one of these steps."""
-    rate: float = 1e-3
+    rate: float = 2e-3
     """Learning rate of Adam there; it rises over a twentieth of the steps, then decays to zero."""
     tune_steps: int = 1000
     """Steps of the other tasks."""
@@ -77,6 +79,7 @@ PRESETS = {
         vocab_size=300,
         row_length=32,
         segment_length=4,
+        pair_length=32,
         width=8,
         depth=1,
         num_heads=2,
@@ -88,14 +91,21 @@ PRESETS = {
         num_test=100,
     ),
     "wikitext2": Config(dataset="wikitext2_articles", vocab_size=4000),
-    "dialogues": Config(dataset="sgd_dialogues", segment_length=1),
+    "dialogues": Config(dataset="sgd_dialogues", segment_length=1, pair_length=64),
+}
+
+# Of many trainings each is short.
+_BY_TASK: dict[TaskName, dict[str, Any]] = {
+    "classification": {"tune_steps": 200, "tune_batch_size": 16},
 }
 
 
 def with_task(preset: Config, line: Config) -> Config:
-    """The preset's settings, in a folder named after the task of the command line."""
+    """The preset's settings with those that the task of the command line brings."""
+    is_smoke = preset == replace(PRESETS["smoke"], run_dir=preset.run_dir)
+    changes = {} if is_smoke else _BY_TASK.get(line.task, {})
     run_dir = preset.run_dir.with_name(f"{preset.run_dir.name}-{line.task}")
-    return replace(preset, task=line.task, run_dir=run_dir)
+    return replace(preset, **changes, task=line.task, run_dir=run_dir)
 
 
 def check(config: Config) -> None:
@@ -104,6 +114,7 @@ def check(config: Config) -> None:
         "vocab_size": 262,
         "row_length": 8,
         "segment_length": 1,
+        "pair_length": 8,
         "width": 1,
         "depth": 1,
         "num_heads": 1,
@@ -127,6 +138,11 @@ def check(config: Config) -> None:
         (
             0 < config.mask_share < 1,
             f"mask_share is {config.mask_share}; give more than 0 and less than 1",
+        ),
+        (
+            config.pair_length <= config.row_length,
+            f"pair_length is {config.pair_length} and row_length {config.row_length}; give at most "
+            "that",
         ),
         (
             config.width % config.num_heads == 0,

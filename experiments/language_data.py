@@ -67,7 +67,7 @@ def pairs_of(config: Config, corpus: Corpus, documents: Documents) -> SentencePa
         corpus.tokenizer,
         documents.texts,
         split,
-        length=config.row_length,
+        length=config.pair_length,
         segment_length=config.segment_length,
     )
 

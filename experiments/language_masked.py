@@ -197,10 +197,9 @@ def write_examples(
         for place in np.flatnonzero(test.documents[row]):
             token = decode(corpus.tokenizer, test.tokens[row, place : place + 1])
             if masked.chosen[row, place]:
-                guesses = [
-                    decode(corpus.tokenizer, choices[row, place, i : i + 1]) for i in (0, 1, 2)
-                ]
-                token = f"[{token.strip()}? {' | '.join(map(str.strip, guesses))}] "
+                guesses = [decode(corpus.tokenizer, choice[None]) for choice in choices[row, place]]
+                blank = " " if token.startswith((" ", "\n")) else ""
+                token = f"{blank}[{token.strip()}? {' | '.join(map(str.strip, guesses))}]"
             parts.append(token)
         lines.append(" ".join("".join(parts).split()))
     file = config.run_dir / "examples.txt"

@@ -105,6 +105,8 @@ def test_a_task_has_a_folder_of_its_own():
     config = parse("--task", "order", "--preset", "dialogues", "--tune-steps", "5")
     assert (config.run_dir.name, config.tune_steps) == ("language-dialogues-order", 5)
     assert config.dataset == "sgd_dialogues"
+    assert parse("--task", "classification").tune_steps == 200
+    assert parse("--task", "classification", "--preset", "smoke").tune_steps == 2
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,7 @@ def test_a_task_has_a_folder_of_its_own():
         ({"num_test": 5}, "num_test is 5; give 20 or more"),
         ({"tune_rate": 0.0}, r"tune_rate is 0\.0; give more than 0"),
         ({"mask_share": 1.0}, r"mask_share is 1\.0; give more than 0 and less than 1"),
+        ({"pair_length": 64}, "pair_length is 64 and row_length 32; give at most that"),
         ({"width": 9}, "width is 9 for 2 heads; give a multiple of num_heads"),
         ({"encoder": Config().run_dir}, "encoder is the folder of a run of the task masked"),
         ({"task": "classification", "dataset": "wikitext2_articles"}, "has no classes"),
