@@ -44,14 +44,19 @@ def test_importing_brings_no_extra():
     code = (
         "import sys, metagen_jax; "
         "print(*[m for m in ('tensorflow_datasets', 'matplotlib', 'orbax', 'rich', 'tyro', "
-        "'tensorboardX') if m in sys.modules])"
+        "'tensorboardX', 'tokenizers', 'safetensors') if m in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0
     # flax.linen itself imports some of Orbax and rich.
-    assert not {"tensorflow_datasets", "matplotlib", "tyro", "tensorboardX"} & set(
-        run.stdout.split()
-    )
+    assert not {
+        "tensorflow_datasets",
+        "matplotlib",
+        "tyro",
+        "tensorboardX",
+        "tokenizers",
+        "safetensors",
+    } & set(run.stdout.split())
 
 
 @pytest.mark.slow

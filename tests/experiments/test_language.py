@@ -105,7 +105,7 @@ def test_a_task_has_a_folder_of_its_own():
     config = parse("--task", "order", "--preset", "dialogues", "--tune-steps", "5")
     assert (config.run_dir.name, config.tune_steps) == ("language-dialogues-order", 5)
     assert config.dataset == "sgd_dialogues"
-    assert parse("--task", "classification").tune_steps == 200
+    assert parse("--task", "classification").tune_steps == 300
     assert parse("--task", "classification", "--preset", "smoke").tune_steps == 2
 
 
