@@ -21,7 +21,7 @@ from experiments.language_encoder import (
 from metagen_jax.data.text import MASK
 from metagen_jax.errors import UserError
 
-SMOKE = PRESETS["smoke"]
+SMOKE = replace(PRESETS["smoke"], num_devices=1)
 
 
 def test_what_is_hidden_is_the_same_every_time_and_all_masked(tmp_path):
