@@ -173,7 +173,7 @@ def draw_excerpts(
     Each from a place that is drawn evenly from those where it is whole; a sequence that is shorter
     is whole, with zeros behind.
     """
-    (values, starts), labels = data
+    (values, starts), labels = jax.tree.map(jnp.asarray, data)
     row_key, place_key = jax.random.split(key)
     rows = jax.random.randint(row_key, (count,), 0, len(starts) - 1)
     size = starts[rows + 1] - starts[rows]

@@ -53,7 +53,7 @@ def judge(
             correct = _nearest(features, data, target)
         else:
             correct = _probe(features, data, target)
-        judged.setdefault(f"{name}: {target}", {})[kind] = estimate(correct)
+        judged.setdefault(f"{name}: {target}", {})[kind] = estimate(correct.astype(np.float64))
         for num_ways, num_shots in _episodes(config, data.few, target):
             what = f"{name}: {target}, {num_ways}-way {num_shots}-shot"
             series_as_they_are = name not in SOUNDS and kind == RAW

@@ -65,9 +65,10 @@ def test_parts_of_sequences_and_their_padding_are_by_hand():
 
 @pytest.mark.parametrize("name", get_args(MethodName))
 def test_every_method_has_a_direction_and_the_net_features(name):
-    net = make_net(SMOKE, "waves", 102)
+    config = replace(SMOKE, method=name)
+    net = make_net(config, "waves", 102)
     values, lengths = jax.ShapeDtypeStruct((4, 102, 1), float), jax.ShapeDtypeStruct((4,), int)
-    for method in (METHODS[name](SMOKE, net), supervised(SMOKE, net, 6)):
+    for method in (METHODS[name](config, net), supervised(config, net, 6)):
         params = jax.eval_shape(method.init, KEY, values)
         grad_fn = data_parallel(method.grad_fn, devices=jax.devices("cpu")[:2])
         direction, metrics = jax.eval_shape(grad_fn, params, ((values, lengths), lengths), KEY)
@@ -119,7 +120,7 @@ def test_features_that_know_the_class_are_worth_most_and_noise_is_at_chance():
 
 
 def test_gains_are_those_of_the_same_examples():
-    own, raw = np.array([1, 1, 0, 1]), np.array([0, 1, 0, 0])
+    own, raw = np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 0])
     judged = {"waves: class": {RAW: estimate(raw), "cpc": estimate(own)}}
     numbers = summarise(Config(), judged)
     of_task = numbers["accuracies"]["waves: class"]
