@@ -169,7 +169,7 @@ def main(config: Config) -> dict[str, Any]:
         more, trainings[name] = learn_and_judge(config, name, data)
         judged |= more
     numbers = report.summarise(config, judged)
-    report.print_table(config, sets, numbers)
+    report.print_table(config, sets, judged, numbers["average_over_sets"])
     report.draw_accuracies(config, judged)
     return {**numbers, "trainings": trainings}
 

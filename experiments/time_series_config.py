@@ -53,7 +53,7 @@ class Config:
 
     steps: int = 1000
     """Steps of training, of the supervised net too."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Excerpts in a step."""
     rate: float = 1e-3
     """Learning rate of Adam, which decays to zero along a cosine."""

@@ -97,7 +97,6 @@ def cpc(config: Config, net: Net) -> Method:
         num_frames=net.encoder.num_frames,
         negatives=config.negatives,
         axis_name=AXIS,
-        block_size=512,
     )
     return _method(net, head, config.num_context, _of_excerpts(loss_fn))
 

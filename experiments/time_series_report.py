@@ -152,7 +152,9 @@ def summarise(config: Config, judged: Judged) -> dict[str, Any]:
     return {"accuracies": numbers, "average_over_sets": average}
 
 
-def print_table(config: Config, data: Mapping[DatasetName, Dataset], numbers: Mapping) -> None:
+def print_table(
+    config: Config, data: Mapping[DatasetName, Dataset], judged: Judged, average: Mapping
+) -> None:
     """A row for each task, a column for each kind of features."""
     raw = " / ".join(sorted({of.raw_name for of in data.values()}))
     caption = (
@@ -162,20 +164,13 @@ def print_table(config: Config, data: Mapping[DatasetName, Dataset], numbers: Ma
     )
     table = rich.table.Table(title="Features of sequences", caption=caption)
     table.add_column("task")
-    accuracies = numbers["accuracies"]
-    kinds = [
-        kind
-        for kind in next(iter(accuracies.values()))
-        if f"{kind}_interval" in next(iter(accuracies.values()))
-        and not kind.startswith("gain_over_")
-    ]
-    for kind in kinds:
+    for kind in next(iter(judged.values())):
         table.add_column(kind, justify="right")
-    for task, of_task in accuracies.items():
-        cells = [f"{100 * of_task[k]:.2f} ± {100 * of_task[f'{k}_interval']:.2f}" for k in kinds]
+    for task, kinds in judged.items():
+        cells = [f"{100 * a.mean:.2f} ± {100 * a.interval:.2f}" for a in kinds.values()]
         table.add_row(task, *cells)
-    if average := numbers["average_over_sets"]:
-        table.add_row("average over sets", *(f"{100 * average[kind]:.2f}" for kind in kinds))
+    if average:
+        table.add_row("average over sets", *(f"{100 * x:.2f}" for x in average.values()))
     rich.console.Console(width=140).print(table)
 
 
