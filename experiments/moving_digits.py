@@ -247,7 +247,8 @@ def train(config: Config, net: NextFrame, splits: Splits) -> FitResult:
         loss_fn = future_prediction_loss(predict, num_seen=config.num_seen)
     else:
         loss_fn = next_frame_loss(predict)
-    validate = jax.jit(lambda params: loss_fn(params, val, jax.random.key(0))[0])
+    # Films closed over would be constants, of which the compiler works out what it can.
+    validate = jax.jit(lambda params, films: loss_fn(params, films, jax.random.key(0))[0])
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(net.init)(init_key, val[:1, :2])
     optimizer = optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
@@ -265,7 +266,7 @@ def train(config: Config, net: NextFrame, splits: Splits) -> FitResult:
         data,
         num_steps=config.steps,
         run_dir=config.run_dir,
-        validate=lambda params: {"loss": float(validate(params))},
+        validate=lambda params: {"loss": float(validate(params, val))},
         validate_every=config.validate_every,
         best_metric=("loss", "min"),
         resume=config.resume,
