@@ -40,7 +40,7 @@ from metagen_jax.self_supervised.temporal import (
     roll_out,
 )
 from metagen_jax.training import FitResult, fit, init_state, train_step
-from metagen_jax.types import Params, PRNGKey
+from metagen_jax.types import AnyArray, Params, PRNGKey
 
 # Of the films of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002
@@ -200,10 +200,10 @@ class Errors(NamedTuple):
       future_copied: of the last frame that was seen.
     """
 
-    next_frame: Float[np.ndarray, " n"]
-    next_copied: Float[np.ndarray, " n"]
-    future: Float[np.ndarray, "n frames"]
-    future_copied: Float[np.ndarray, "n frames"]
+    next_frame: Float[AnyArray, " n"]
+    next_copied: Float[AnyArray, " n"]
+    future: Float[AnyArray, "n frames"]
+    future_copied: Float[AnyArray, "n frames"]
 
 
 def predict_by(net: NextFrame) -> PredictNext:

@@ -102,7 +102,7 @@ def _draw_errors(path: Path, errors: Any) -> None:
         )
         labels.append((float(value.mean[-1]), name, colour))
     axes.set_ylim(bottom=0)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(range(1, errors.future.shape[1] + 1))
     finish(axes, "frames ahead", "Mean squared error")
     label_right(axes, labels)
     save(figure, path)
