@@ -72,12 +72,14 @@ def prompts_asked(config: Config, corpus: Corpus) -> list[tuple[str, np.ndarray]
     given = [begin[i % len(begin)] for i in range(config.num_samples)]
     tokens = [document.tokens for document in encode(corpus.tokenizer, given)]
     longest = max(map(len, tokens))
-    if longest >= config.max_length and config.prompt is not None:
+    if config.prompt is None:
+        tokens = [of[: config.max_length // 2] for of in tokens]
+    elif longest >= config.max_length:
         raise UserError(
             f"prompt has {longest} tokens and a text at most {config.max_length}; give a shorter "
             "one, or a higher --length"
         )
-    return [(text, of[: config.max_length // 2]) for text, of in zip(given, tokens, strict=True)]
+    return list(zip(given, tokens, strict=True))
 
 
 def write_transcript(

@@ -2,23 +2,37 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import references
 from pixel_models import random_params
 
 from metagen_jax.errors import UserError
-from metagen_jax.generative.autoregressive import sample_in_order, sample_remembering
-from metagen_jax.generative.likelihoods import sample_categorical, sample_gaussian
+from metagen_jax.generative.autoregressive import (
+    autoregressive_log_prob,
+    sample_in_order,
+    sample_remembering,
+)
+from metagen_jax.generative.likelihoods import (
+    categorical_log_prob,
+    sample_categorical,
+    sample_gaussian,
+)
+from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
 from metagen_jax.generative.sequences import (
     draw_categorical,
     nucleus,
     sample_transformer,
     sample_wavenet,
 )
+from metagen_jax.meta.maml import maml_loss
 from metagen_jax.nets.transformer import Transformer
 from metagen_jax.nets.wavenet import WaveNet
+from metagen_jax.types import Episode
 
 KEY = jax.random.key(0)
 CONDITION = np.array([0.3, -1.2])
@@ -123,6 +137,25 @@ def test_any_memory_will_do_and_elements_may_be_vectors():
     sample = sample_remembering(KEY, remember, jnp.zeros(2), draw, start, keep)
     expected = sample_in_order(KEY, predict, draw, start, keep)
     np.testing.assert_allclose(sample, expected, rtol=1e-12)
+
+
+@pytest.mark.slow
+def test_maml_over_a_wavenet_equals_finite_differences():
+    """New speakers from a few recordings: second order, through the inner step."""
+    net = WaveNet(3, features=1, skip_features=3, dilations=(1,), first_kernel_size=1, num_levels=3)
+    sounds = np.random.default_rng(0).integers(0, 3, (4, 6))
+    params = random_params(net, sounds[0], seed=3)
+    log_prob = autoregressive_log_prob(net.apply, categorical_log_prob)
+    loss_fn = maml_loss(
+        negative_log_likelihood_loss(log_prob), inner_optimizer=optax.sgd(0.1), num_steps=1
+    )
+
+    def loss(params):
+        return loss_fn(params, Episode(sounds[:2], sounds[2:]), KEY)[0]
+
+    grads = jax.jit(jax.grad(loss))(params)
+    numerical = references.finite_differences(jax.jit(loss), params, step=1e-4)
+    chex.assert_trees_all_close(grads, numerical, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
