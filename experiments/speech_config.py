@@ -28,7 +28,7 @@ class Config:
     num_stacks: int = 2
     """Stacks of layers, one upon the other."""
 
-    steps: int = 600
+    steps: int = 1000
     """Steps of training."""
     batch_size: int = 4
     """Excerpts of recordings in a step."""
@@ -36,7 +36,7 @@ class Config:
     """Samples of an excerpt that count, at most."""
     warm_up: int = 512
     """Samples before them that the net sees, where the recording has them."""
-    rate: float = 5e-3
+    rate: float = 4e-3
     """Learning rate of Adam, which decays to zero along a cosine."""
     validate_every: int = 200
     """Steps between validations; the parameters that validate best are the result."""
@@ -105,7 +105,7 @@ PRESETS = {
     ),
     "digits": Config(
         source="free_spoken_digit",
-        steps=8000,
+        steps=7000,
         batch_size=4,
         validate_every=1000,
         num_validation=60,

@@ -35,8 +35,8 @@ class Config:
     """Steps of training."""
     batch_size: int = 8
     """Excerpts of texts in a step."""
-    rate: float = 1e-3
-    """Learning rate of Adam, which decays to zero along a cosine."""
+    rate: float = 2e-3
+    """Learning rate of Adam; it rises over a twentieth of the steps, then decays to zero."""
     weight_decay: float = 0.1
     """Decoupled, as AdamW has it: what a step takes of each parameter, as a share of the rate."""
     validate_every: int = 100

@@ -176,5 +176,5 @@ def test_what_is_asked_of_a_trained_model_may_change_when_it_is_resumed(tmp_path
     config = replace(Config(), run_dir=tmp_path / "run")
     program.prepare_run_dir(config)
     program.prepare_run_dir(replace(config, resume=True, digit="level", temperature=0.5))
-    with pytest.raises(UserError, match="--steps 600 where this one has --steps 9"):
+    with pytest.raises(UserError, match="--steps 1000 where this one has --steps 9"):
         program.prepare_run_dir(replace(config, resume=True, steps=9))
