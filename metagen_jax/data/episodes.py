@@ -56,7 +56,13 @@ def group_by_class(examples: PyTree, labels: Int[np.ndarray, " n"]) -> ClassData
 
 
 def check_episodes(
-    data: ClassData, *, num_ways: int, num_shots: int, num_queries: int, num_rotations: int = 1
+    data: ClassData,
+    *,
+    num_ways: int,
+    num_shots: int,
+    num_queries: int,
+    num_rotations: int = 1,
+    replacement: bool = False,
 ) -> None:
     """Raises a UserError if the data cannot give such episodes.
 
@@ -64,6 +70,8 @@ def check_episodes(
     values on the device.
     """
     _check_counts(data, num_ways, num_shots, num_queries, num_rotations)
+    if replacement:
+        return
     needed, smallest = num_shots + num_queries, int(data.sizes.min())
     if smallest < needed:
         raise UserError(
@@ -99,12 +107,13 @@ def sample_episode(
     num_shots: int,
     num_queries: int,
     num_rotations: int = 1,
+    replacement: bool = False,
 ) -> Episode:
     """One N-way K-shot episode with Q queries a class; a pure function of the key.
 
     Classes are drawn without replacement and labelled 0..N-1 in the order of the draw; support and
-    query examples of a class are disjoint. With rotations, class `c` turned by `r` quarters is a
-    class of its own, and all its examples are turned alike.
+    query examples of a class are disjoint, unless drawn with replacement. With rotations, class `c`
+    turned by `r` quarters is a class of its own, and all its examples are turned alike.
 
     Args:
       key: a typed key.
@@ -113,6 +122,8 @@ def sample_episode(
       num_shots: support examples K of each class.
       num_queries: query examples Q of each class.
       num_rotations: 1, or 4 for quarter turns of every leaf, `(n, size, size, ...)`.
+      replacement: whether each example of a class is drawn from all of them, so that some may be
+        drawn twice and queries be among the support examples.
 
     Returns:
       `Episode((examples, labels), (examples, labels))` with `N * K` and `N * Q` examples, class by
@@ -128,7 +139,11 @@ def sample_episode(
     classes, turns = drawn // num_rotations, drawn % num_rotations
 
     def draw_class(key, index, turn):
-        chosen = sample_distinct(key, data.sizes[index], num_shots + num_queries)
+        size, count = data.sizes[index], num_shots + num_queries
+        if replacement:
+            chosen = jax.random.randint(key, (count,), 0, size)
+        else:
+            chosen = sample_distinct(key, size, count)
         examples = jax.tree.map(lambda x: x[data.starts[index] + chosen], data.examples)
         return _rotate(examples, turn) if num_rotations > 1 else examples
 

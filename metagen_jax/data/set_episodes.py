@@ -25,6 +25,7 @@ def sample_set_episode(
     num_queries: int,
     num_rotations: int = 1,
     values: Drawn = "stored",
+    replacement: bool = False,
 ) -> Episode:
     """K examples of one class and Q others of it, without labels; a pure function of the key.
 
@@ -36,6 +37,10 @@ def sample_set_episode(
       num_queries: query examples Q.
       num_rotations: 1, or 4: the class may be turned by quarters, all its examples alike.
       values: "stored", or "bernoulli" for each example binarised once in the episode.
+      replacement: whether an example may be drawn twice, so that a query may be a support example:
+        of classes of 20 it is one with probability `1 - 0.95^K`. So are the episodes of the program
+        of Bartunov and Vetrov 2018, Few-shot Generative Modelling with Generative Matching
+        Networks; those of others never are.
 
     Returns:
       `Episode(support (K, ...), query (Q, ...))` of int32.
@@ -53,6 +58,7 @@ def sample_set_episode(
         num_shots=num_shots,
         num_queries=num_queries,
         num_rotations=num_rotations,
+        replacement=replacement,
     )
     parts = Episode(drawn.support[0], drawn.query[0])
     if values == "bernoulli":

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from metagen_jax.data.episodes import group_by_class
+from metagen_jax.data.episodes import check_episodes, group_by_class
 from metagen_jax.data.set_episodes import first_shots, sample_set_episode, vary_shots
 from metagen_jax.errors import UserError
 from metagen_jax.types import Episode
@@ -34,6 +34,25 @@ def test_support_and_query_are_different_examples_of_one_class(num_shots, num_qu
         assert len(set(both[:, 1])) == num_shots + num_queries
         classes.add(int(both[0, 0]))
     assert classes == set(range(5))
+
+
+def test_with_replacement_each_example_is_one_of_all():
+    sample = functools.partial(sample_set_episode, num_shots=2, num_queries=1, replacement=True)
+    episodes = jax.jit(jax.vmap(sample, (0, None)))(jax.random.split(KEY, 3200), numbered())
+    drawn = np.concatenate(episodes, axis=1)
+    assert np.all(drawn[..., 0] == drawn[:, :1, 0])
+    # Of 8 examples any two are the same in an eighth of the episodes, and each is as likely.
+    again = (drawn[:, :2, 1] == drawn[:, 2:, 1]).mean(0)
+    np.testing.assert_allclose(again, 1 / 8, atol=4 * np.sqrt(7 / 64 / 3200))
+    _, counts = np.unique(drawn[..., 1], return_counts=True)
+    assert ((counts - 1200) ** 2 / 1200).sum() < 24.4  # 7 degrees of freedom, 0.001
+
+
+def test_classes_of_any_size_suffice_with_replacement():
+    check = functools.partial(check_episodes, numbered(), num_ways=1, num_shots=9, num_queries=1)
+    check(replacement=True)
+    with pytest.raises(UserError, match="9 shots and 1 queries need 10 examples"):
+        check()
 
 
 def test_it_is_a_function_of_the_key_alone():
