@@ -14,7 +14,7 @@ given T of its images, with its 95 % interval over episodes. How many steps are 
 at what rate if that is not learned, is chosen for each T on validation classes. Writes to the run's
 folder: `result.json`, `nll_by_shots.png`, `nll_by_shots.npz` (the values of each episode, so that
 two runs may be compared in pairs), `samples.png` (support images, new samples before and after),
-`learning_curve.png`, metrics, checkpoints.
+`learning_curve.png`, metrics, checkpoints. `--against RUN_DIR` compares with such another run.
 
 `--model gan` is FIGR (Clouatre and Demers 2019), Reptile over a GAN, which has samples alone.
 `--use-tasks 200` asks what samples are good for: the accuracy of a small net trained on few images
@@ -22,14 +22,15 @@ of five classes and on samples made from them, against that on the images alone.
 
 Presets: `omniglot-lake` has the pixels of Generative Matching Networks (Bartunov and Vetrov 2018)
 bit by bit. There, support and query are drawn with replacement, so that with 9 shots 37 % of all
-queries are among the support images (5 % with 1, 19 % with 4); here they never are.
+queries are among the support images (5 % with 1, 19 % with 4); here they never are, unless by
+`--replacement test` or `always`.
 `omniglot-characters` has the split sizes of SCHA-VAE, pixels drawn from the grey values of a
 filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,9 +38,11 @@ import optax
 from jaxtyping import PyTree
 
 from experiments import few_shot_generation_report, program
-from experiments.few_shot_generation_config import PRESETS, Config, check, with_model
+from experiments.few_shot_generation_compare import load_other
+from experiments.few_shot_generation_config import Config, check
 from experiments.few_shot_generation_data import Splits, load_splits, test_episodes
 from experiments.few_shot_generation_learners import Learner, make_learner
+from experiments.few_shot_generation_presets import PRESETS, with_model
 from experiments.few_shot_generation_report import Row
 from experiments.few_shot_generation_use import use_and_report
 from metagen_jax.data.episodes import ClassData
@@ -47,8 +50,8 @@ from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.likelihood_by_shots import choose_adaptation, evaluate_nll
 from metagen_jax.gradients import mean_over_tasks, task_keys
 from metagen_jax.parallel import data_parallel, replicate
-from metagen_jax.training import FitResult, fit, init_state, train_step
-from metagen_jax.types import Params, PRNGKey
+from metagen_jax.training import FitResult, fit, init_state, load_params, train_step
+from metagen_jax.types import MetaParams, Metrics, Params, PRNGKey
 
 # Of the episodes of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, CHOICE_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002, 1_000_000_003
@@ -58,6 +61,13 @@ VALIDATION_SHOTS = 1, 4
 NUM_INIT = 100
 
 
+class Averaged(NamedTuple):
+    """Parameters that are trained, and the moving average that follows them."""
+
+    current: Params
+    average: Params
+
+
 def train(
     config: Config, learner: Learner, params: Params, splits: Splits, sample_test: Sample
 ) -> FitResult:
@@ -65,13 +75,25 @@ def train(
     grad_fn = learner.grad_fn
     assert grad_fn is not None
     adapts = config.learner != "pretrained"
-    shots = [n for n in VALIDATION_SHOTS if n <= max(config.shots)] if adapts else [0]
+    shots = [n for n in VALIDATION_SHOTS if n <= max(config.shots) and adapts] or [0]
+    # A short run would else end with an average of what it began with.
+    average_rate = max(1 - config.average_decay, min(10 / config.steps, 1.0))
 
     def sample(key: PRNGKey, data: PyTree) -> PyTree:
         return jax.vmap(learner.sample, in_axes=(0, None))(task_keys(key, config.num_tasks), data)
 
-    def validate(params: Params) -> dict[str, float]:
+    def direction(params: Averaged, task: PyTree, key: PRNGKey) -> tuple[Averaged, Metrics]:
+        gradient, metrics = grad_fn(params.current, task, key)
+        return Averaged(gradient, optax.tree.zeros_like(params.average)), metrics
+
+    def update_average(params: Averaged, batch: PyTree, key: PRNGKey) -> Averaged:
+        del batch, key
+        average = optax.incremental_update(params.current, params.average, average_rate)
+        return params._replace(average=average)
+
+    def validate(params: Params | Averaged) -> dict[str, float]:
         assert learner.log_probs is not None
+        params = params.average if isinstance(params, Averaged) else params
         steps = config.inner_steps if adapts else 0
         tested = next(iter(learner.candidates(params).values()))
         figures = [
@@ -89,17 +111,24 @@ def train(
         ]
         return {"nll": float(np.mean([nll.mean for nll in figures]))}
 
-    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](
-        optax.cosine_decay_schedule(config.outer_rate, config.steps)
-    )
+    rate, warmup = config.outer_rate, config.warmup_steps
+    schedule = optax.cosine_decay_schedule(rate, config.steps)
+    if warmup:
+        schedule = optax.warmup_cosine_decay_schedule(0.0, rate, warmup, config.steps)
+    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](schedule)
+    update_slow = None
+    if config.average_decay:
+        params, over_one, update_slow = Averaged(params, params), direction, update_average
+    else:
+        over_one = grad_fn
     devices = program.devices_for(config.num_devices, config.num_tasks)
-    over_tasks = data_parallel(mean_over_tasks(grad_fn, chunk=config.chunk), devices=devices)
+    over_tasks = data_parallel(mean_over_tasks(over_one, chunk=config.chunk), devices=devices)
     _, train_key = jax.random.split(jax.random.key(config.seed))
     state, data = replicate(
         (init_state(params, optimizer, train_key), splits.train), devices=devices
     )
-    return fit(
-        train_step(over_tasks, optimizer, sample),
+    result = fit(
+        train_step(over_tasks, optimizer, sample, update_slow=update_slow),
         state,
         data,
         num_steps=config.steps,
@@ -110,6 +139,9 @@ def train(
         best_metric=("nll", "min"),
         resume=config.resume,
     )
+    if config.average_decay:
+        result = result._replace(best_params=result.best_params.average)
+    return result
 
 
 def places(config: Config) -> dict[str, Any]:
@@ -121,7 +153,12 @@ def first_params(config: Config, learner: Learner, data: ClassData) -> Params:
     """Parameters before training, scaled by the first draws of some images."""
     images = data.examples[:: max(1, len(data.examples) // NUM_INIT)][:NUM_INIT]
     init_key, _ = jax.random.split(jax.random.key(config.seed))
-    return jax.jit(learner.init)(init_key, (images > 0).astype(np.int32))
+    params = jax.jit(learner.init)(init_key, (images > 0).astype(np.int32))
+    if config.init_from is None:
+        return params
+    if isinstance(params, MetaParams):  # The model's own; the rule begins as ever.
+        return params._replace(init=load_params(config.init_from, params.init))
+    return load_params(config.init_from, params)
 
 
 def evaluate(
@@ -163,6 +200,7 @@ def evaluate(
 def main(config: Config) -> dict[str, Any]:
     """Trains, tests, prints the table, draws the pictures; gives the numbers by name."""
     check(config)
+    other = load_other(config)
     splits = load_splits(config)
     learner = make_learner(config, splits.train.examples.shape[1:])
     counts = " / ".join(str(len(part.sizes)) for part in splits)
@@ -172,6 +210,7 @@ def main(config: Config) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "kind": learner.kind,
         "num_test_tasks": config.num_test_tasks,
+        "replacement": config.replacement,
         "num_test_classes": len(splits.test.sizes),
         "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
     }
@@ -188,11 +227,14 @@ def main(config: Config) -> dict[str, Any]:
             "tasks_per_second": round(result.steps_per_second * config.num_tasks, 1),
         }
     data = "glyphs" if config.dataset == "glyphs" else f"Omniglot, {config.split}"
-    title = f"{name}, {data}"
+    drawn = {"never": "", "test": ", tested with replacement", "always": ", with replacement"}
+    title = f"{name}, {data}{drawn[config.replacement]}"
     if learner.log_probs is not None:
         print(f"testing: {learner.kind}")
         rows = evaluate(config, learner, params, splits, sample_test)
-        numbers |= few_shot_generation_report.report(config, learner, rows, title=title)
+        numbers |= few_shot_generation_report.report(
+            config, learner, rows, title=title, other=other
+        )
     else:
         tested = next(iter(learner.candidates(params).values()))
         rows = dict.fromkeys(config.shots, Row(None, config.test_steps, None, tested))

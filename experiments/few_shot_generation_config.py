@@ -1,14 +1,23 @@
-"""Settings of `experiments.few_shot_generation`: fields, presets, what learner and model bring."""
+"""Settings of `experiments.few_shot_generation`, and which of them go together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from experiments import program
 from metagen_jax.data.resampling import Resampling
 from metagen_jax.data.set_episodes import Drawn
 
-LearnerName = Literal["maml", "fomaml", "reptile", "meta_sgd", "pretrained", "scratch", "amortised"]
+LearnerName = Literal[
+    "maml",
+    "fomaml",
+    "reptile",
+    "meta_sgd",
+    "learned_rates",
+    "pretrained",
+    "scratch",
+    "amortised",
+]
 
 ModelName = Literal[
     "vae", "conv_vae", "pixelcnn", "flow", "flow_matching", "gan", "set_vae", "attention_pixelcnn"
@@ -17,12 +26,20 @@ ModelName = Literal[
 AMORTISED = ("set_vae", "attention_pixelcnn")
 """Models that take the support set for a condition, and need no steps on it."""
 
+TUNED = ("pretrained", "scratch")
+"""Learners whose rate is chosen on validation classes, as well as the steps."""
+
+USE_QUERIES = 10
+"""Queries of each class of an episode of `use_tasks`."""
+
 
 @dataclass(frozen=True)
 class Config:
     learner: LearnerName = "maml"
     """How the model learns from a support set. "pretrained" is fine-tuning of a model of all
-    training classes, "scratch" of none; "amortised" is that of the models that take the set in."""
+    training classes, "scratch" of none, for which settings of training have no meaning; "meta_sgd"
+    learns a rate for each parameter, "learned_rates" one for each array of them and each step;
+    "amortised" is that of the models that take the set in."""
     model: ModelName = "vae"
     """What is learned; it brings settings of its own, over which the flags win."""
     dataset: Literal["glyphs", "omniglot"] = "glyphs"
@@ -34,32 +51,40 @@ class Config:
     image_size: int = 28
     """Height and width of the images, in pixels."""
     resampling: Resampling = "lanczos"
-    """How Omniglot's pictures are made of that size."""
+    """How Omniglot's pictures are made of that size; glyphs have one way."""
     values: Drawn = "stored"
     """Pixels are 0 and 1: more than half of the range, or drawn anew in each episode with the grey
     value for probability."""
+    replacement: Literal["never", "test", "always"] = "never"
+    """Whether an episode may hold a drawing twice, a query among the support images too: with 9 of
+    them 37 % of all queries. "test": in those of validation and test, as in the published figures
+    of Generative Matching Networks; "always": in training as well, as in their program."""
     rotations: Literal[1, 4] = 1
     """4: in training a class may be turned by quarters; tests never are."""
 
     num_latents: int = 50
-    """Latents of an image."""
+    """Latents of an image, for models that have some."""
     hidden_sizes: tuple[int, ...] = (200, 200)
-    """Units of each hidden layer."""
+    """Units of each hidden layer of "vae"; the set VAE has layers of as many as the first says."""
     num_filters: int = 16
     """Channels of convolutional models."""
     num_layers: int = 5
-    """Layers of a PixelCNN."""
+    """Layers of a PixelCNN, with or without attention."""
+    train_samples: int = 1
+    """Importance samples of the bound that trains the set VAE; the other VAEs take 1."""
 
     train_shots: int = 5
     """Support examples in training."""
     vary_shots: bool = True
-    """1 to `train_shots` different ones, in their places again and again."""
+    """1 to `train_shots` different ones, in their places again and again. Not for amortised models,
+    which learn from every number of shots anyway."""
     num_queries: int = 5
     """Query examples in training."""
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
-    """Of the steps on a support set; Reptile has its own."""
+    """Of the steps of "maml" and "fomaml"; others have their own."""
     inner_rate: float = 2e-4
-    """Learning rate of the inner loop, or where the learned ones start."""
+    """Learning rate of the inner loop, or where the learned ones start; not of "pretrained" and
+    "scratch"."""
     inner_steps: int = 3
     """Inner steps in training."""
 
@@ -71,6 +96,14 @@ class Config:
     """Learning rate of the outer optimiser."""
     outer_optimizer: Literal["adam", "sgd"] = "adam"
     """The outer optimiser; SGD for Reptile."""
+    warmup_steps: int = 0
+    """Outer steps in which the rate rises from zero; then it falls, a half cosine."""
+    average_decay: float = 0.0
+    """Of a moving average of the parameters, which is validated and tested in their place; 0: of
+    none."""
+    init_from: Path | None = None
+    """Folder of a run of the same model whose best parameters training begins with, such as of
+    `--learner pretrained`; its minutes count as well."""
     chunk: int = 1
     """Tasks that a device works on at once; 1 is fastest on a CPU."""
     validate_every: int = 500
@@ -84,11 +117,14 @@ class Config:
     """The most steps at test; how many are taken is chosen on validation classes for each number of
     shots."""
     tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """Rates for "pretrained" and "scratch", of which one is chosen likewise."""
+    """Rates for "pretrained" and "scratch", each tried with Adam and with SGD, of which one is
+    chosen likewise."""
     num_choice_tasks: int = 200
     """Episodes of validation classes by which steps and rates are chosen."""
     num_test_tasks: int = 1000
-    """Episodes of the test, of one query each."""
+    """Episodes of the test."""
+    test_queries: int = 1
+    """Queries of such an episode, and of one of validation; intervals are over episodes."""
     num_test_classes: int | None = None
     """Classes of the test, the first ones in an order that is always the same; without it all."""
     test_samples: int = 1000
@@ -103,6 +139,9 @@ class Config:
     use_samples: int = 10
     """Samples of each class that are added."""
 
+    against: Path | None = None
+    """Folder of a finished run of the same test episodes; the difference is reported in pairs."""
+
     seed: int = 0
     """Fixes initialisation, episodes and noise; test episodes are the same for every seed."""
     num_devices: int | None = None
@@ -111,86 +150,6 @@ class Config:
     """Where everything of the run is written."""
     resume: bool = False
     """Go on from the last checkpoint of the run's folder."""
-
-
-_OMNIGLOT = Config(dataset="omniglot", resampling="corner", steps=2000)
-
-PRESETS = {
-    "glyphs": Config(),
-    "smoke": Config(
-        steps=4,
-        num_tasks=2,
-        validate_every=2,
-        num_validation_tasks=4,
-        shots=(0, 1),
-        test_steps=2,
-        tuned_rates=(1e-3, 1e-2),
-        num_choice_tasks=4,
-        num_test_tasks=6,
-        test_samples=5,
-    ),
-    "omniglot-lake": _OMNIGLOT,
-    "omniglot-characters": replace(
-        _OMNIGLOT, split="random1000", resampling="lanczos", values="bernoulli"
-    ),
-    "omniglot-alphabets": replace(
-        _OMNIGLOT, split="alphabets45", image_size=26, resampling="darkest"
-    ),
-}
-
-# Every training image of an episode, support or query, is one of its predictions.
-_SETS: dict[str, Any] = {"train_shots": 9, "num_queries": 1, "vary_shots": False}
-
-_BY_MODEL: dict[ModelName, dict[str, Any]] = {
-    "conv_vae": {"num_filters": 16},
-    "pixelcnn": {"inner_rate": 1e-4, "num_tasks": 4},
-    "flow": {"num_filters": 16, "num_tasks": 4, "test_samples": 10},
-    "flow_matching": {"num_tasks": 4, "num_test_tasks": 200, "num_choice_tasks": 50},
-    "gan": {"learner": "reptile", "num_filters": 32},
-    "set_vae": {"learner": "amortised", **_SETS, "hidden_sizes": (256,), "num_latents": 32},
-    "attention_pixelcnn": {"learner": "amortised", **_SETS, "num_filters": 24, "num_layers": 6},
-}
-
-# Steps of the Omniglot presets that 2 cores take in 40 minutes, by MAML where a learner is needed;
-# those of the attention PixelCNN in 85.
-_STEPS: dict[ModelName, int] = {
-    "vae": 80_000,
-    "pixelcnn": 3500,
-    "set_vae": 120_000,
-    "attention_pixelcnn": 4500,
-}
-
-_BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
-    "reptile": {
-        "inner_rate": 1e-3,
-        "inner_steps": 5,
-        "train_shots": 10,
-        "num_queries": 1,
-        "outer_optimizer": "sgd",
-        "outer_rate": 1.0,
-        "num_tasks": 4,
-    },
-    "pretrained": {"test_steps": 20},
-    "scratch": {"test_steps": 50, "inner_optimizer": "adam"},
-}
-
-
-def with_model(preset: Config, line: Config) -> Config:
-    """The preset's settings with those that the model and the learner of the command line bring."""
-    settings = {**_BY_MODEL.get(line.model, {}), "model": line.model}
-    if line.model not in AMORTISED:
-        learner = settings.get("learner", line.learner)
-        settings |= {**_BY_LEARNER.get(learner, {}), "learner": learner}
-    if preset.dataset == "omniglot" and line.model in _STEPS:
-        settings["steps"] = _STEPS[line.model]
-        settings["validate_every"] = _STEPS[line.model] // 10
-    chosen = replace(preset, **settings)
-    if preset.steps < 10:  # Small ones stay so.
-        names = ("num_tasks", "test_steps", "num_test_tasks", "num_choice_tasks", "test_samples")
-        chosen = replace(chosen, **{name: getattr(preset, name) for name in names})
-    run_dir = preset.run_dir
-    kind = chosen.model if chosen.model in AMORTISED else f"{chosen.learner}-{chosen.model}"
-    return replace(chosen, run_dir=run_dir.with_name(f"{run_dir.name}-{kind}"))
 
 
 _COUNTS = (
@@ -207,6 +166,8 @@ _COUNTS = (
     "validate_every",
     "test_steps",
     "test_samples",
+    "test_queries",
+    "train_samples",
     "use_shots",
     "use_samples",
 )
@@ -215,7 +176,7 @@ _COUNTS = (
 def check(config: Config) -> None:
     """Raises a UserError for settings that would fail only after training, or without sense."""
     least: dict[str, int] = dict.fromkeys(_COUNTS, 1)
-    least |= {"use_tasks": 2 if config.use_tasks else 0, "use_ways": 2}
+    least |= {"use_tasks": 2 if config.use_tasks else 0, "use_ways": 2, "warmup_steps": 0}
     least |= dict.fromkeys(("num_validation_tasks", "num_choice_tasks", "num_test_tasks"), 2)
     if config.model == "attention_pixelcnn":
         least["num_layers"] = 5
@@ -250,6 +211,42 @@ def check(config: Config) -> None:
         (
             not config.use_tasks or config.use_shots in config.shots,
             f"use_shots is {config.use_shots} and shots {config.shots}; give one of these",
+        ),
+        (
+            config.learner != "amortised" or not config.vary_shots,
+            "vary_shots is True and learner amortised, whose sets would hold images twice; give "
+            "--no-vary-shots",
+        ),
+        (
+            config.inner_optimizer == "sgd" or config.learner in ("maml", "fomaml"),
+            f"inner_optimizer is {config.inner_optimizer} and learner {config.learner}; only maml "
+            "and fomaml have a choice: leave --inner-optimizer out",
+        ),
+        (
+            config.train_samples == 1 or config.model == "set_vae",
+            f"train_samples is {config.train_samples} and model {config.model}; only set_vae takes "
+            "more than 1",
+        ),
+        (
+            config.model not in ("set_vae", "vae") or min(config.hidden_sizes, default=0) > 0,
+            f"hidden_sizes is {config.hidden_sizes}; give one or more numbers above 0",
+        ),
+        (
+            config.warmup_steps < config.steps,
+            f"warmup_steps is {config.warmup_steps} and steps {config.steps}; give fewer",
+        ),
+        (
+            0 <= config.average_decay < 1,
+            f"average_decay is {config.average_decay}; give 0, or a number below 1 such as 0.999",
+        ),
+        (
+            config.init_from is None or config.learner != "scratch",
+            "init_from is given and learner scratch, which begins with nothing; give --learner "
+            "pretrained, or leave --init-from out",
+        ),
+        (
+            config.against is None or config.model != "gan",
+            "against is given and model gan, which has no likelihoods; leave --against out",
         ),
         (
             config.learner != "reptile" or config.outer_optimizer == "sgd",

@@ -1,6 +1,8 @@
 """The images of `experiments.few_shot_generation`, ink high, and the episodes drawn from them."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -8,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.decoding import decoding
-from experiments.few_shot_generation_config import Config
+from experiments.few_shot_generation_config import USE_QUERIES, Config
 from metagen_jax.data.classes import LabelledImages, select_classes
 from metagen_jax.data.episodes import ClassData, check_episodes, group_by_class, sample_batch
 from metagen_jax.data.set_episodes import sample_set_episode, vary_shots
@@ -43,11 +45,22 @@ def load_splits(config: Config) -> Splits:
             )
             for part in PARTS
         )
-    return Splits(
-        to_class_data(config, train, config.train_shots, config.num_queries, "training"),
-        to_class_data(config, val, max(config.shots), 1, "validation"),
-        to_class_data(config, frozen_subset(test, config.num_test_classes), max(config.shots), 1),
+    train_counts = config.train_shots, config.num_queries
+    counts = max(config.shots), config.test_queries
+    splits = Splits(
+        to_class_data(config, train, *train_counts, "training"),
+        to_class_data(config, val, *counts, "validation"),
+        to_class_data(config, frozen_subset(test, config.num_test_classes), *counts, "test"),
     )
+    if config.use_tasks:
+        with _named("the test classes, for use_tasks"):
+            check_episodes(
+                splits.test,
+                num_ways=config.use_ways,
+                num_shots=config.use_shots,
+                num_queries=USE_QUERIES,
+            )
+    return splits
 
 
 def frozen_subset(images: LabelledImages, num_classes: int | None) -> LabelledImages:
@@ -61,18 +74,34 @@ def frozen_subset(images: LabelledImages, num_classes: int | None) -> LabelledIm
 
 
 def to_class_data(
-    config: Config, images: LabelledImages, num_shots: int, num_queries: int, part: str = "test"
+    config: Config, images: LabelledImages, num_shots: int, num_queries: int, part: str
 ) -> ClassData:
     """The images on the device, sorted by class."""
     ink = 255 - images.images
     data = group_by_class(
         (ink > 127).astype(np.uint8) if config.values == "stored" else ink, images.labels
     )
-    try:
-        check_episodes(data, num_ways=1, num_shots=num_shots, num_queries=num_queries)
-    except UserError as error:
-        raise UserError(f"the {part} classes of {config.dataset}: {error}") from None
+    with _named(f"the {part} classes of {config.dataset}"):
+        check_episodes(
+            data,
+            num_ways=1,
+            num_shots=num_shots,
+            num_queries=num_queries,
+            replacement=_replacement(config, part),
+        )
     return data
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def _replacement(config: Config, part: str) -> bool:
+    return config.replacement == "always" or (config.replacement == "test" and part != "training")
 
 
 def training_episodes(config: Config) -> Sample:
@@ -83,6 +112,7 @@ def training_episodes(config: Config) -> Sample:
         num_queries=config.num_queries,
         num_rotations=config.rotations,
         values=config.values,
+        replacement=_replacement(config, "training"),
     )
     if not config.vary_shots:
         return draw
@@ -95,9 +125,13 @@ def training_episodes(config: Config) -> Sample:
 
 
 def test_episodes(config: Config) -> Sample:
-    """`sample(key, data) -> Episode` of as many shots as are tested, and one query."""
+    """`sample(key, data) -> Episode` of as many shots as are tested, and the queries of a test."""
     return functools.partial(
-        sample_set_episode, num_shots=max(config.shots), num_queries=1, values=config.values
+        sample_set_episode,
+        num_shots=max(config.shots),
+        num_queries=config.test_queries,
+        values=config.values,
+        replacement=_replacement(config, "test"),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from experiments.density_model import Model, Shape
 from experiments.few_shot_generation_config import Config
@@ -24,6 +24,7 @@ from experiments.few_shot_generation_models import (
     set_vae,
 )
 from metagen_jax.evaluation.few_shot import Sample
+from metagen_jax.evaluation.generated_examples import Draw
 from metagen_jax.evaluation.likelihood_by_shots import adapted_log_probs
 from metagen_jax.generative.set_conditional import set_log_probs, set_loss
 from metagen_jax.gradients import gradients
@@ -31,10 +32,14 @@ from metagen_jax.meta import update_rules
 from metagen_jax.meta.adapt import adapt, with_state
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.meta.reptile import reptile_gradients, reptile_over_gradients
-from metagen_jax.types import GradFn, MetaParams, Params, PredictFn, PRNGKey
+from metagen_jax.types import GradFn, MetaParams, Metrics, Params, PredictFn, PRNGKey
 
 # So that the derivative of Adam's update stays finite; see `metagen_jax.meta.adapt`.
 _ADAM = functools.partial(optax.adam, eps_root=1e-8)
+_NO_RATES = {"adam": 0.0, "sgd": 0.0}
+
+Name = float | str
+"""A rate, or what the steps are if it is not one rate."""
 
 
 class Learner(NamedTuple):
@@ -44,10 +49,12 @@ class Learner(NamedTuple):
       init: `(key, images) -> params`.
       grad_fn: over one task of `sample`; None if nothing is trained.
       sample: `(key, data) -> one task` of training.
-      candidates: `params -> {rate: params to test}`, of which validation classes choose one.
+      candidates: `params -> {name: params to test}`, of which validation classes choose one; the
+        name is the rate of the steps, or says what they are.
       log_probs: `(num_steps, every_step, test) -> PredictFn` of params to test; `test`: as well as
         they can be said. None if they can't.
-      draw: `num_steps -> ((params to test, support, key) -> grey values)` of one new image.
+      draw: `num_steps -> ((params to test, support, keys) -> grey values)` of a new image for each
+        key, all after one adaptation.
       kind: what the likelihoods of the test are.
       takes_steps: whether it adapts by steps.
     """
@@ -55,9 +62,9 @@ class Learner(NamedTuple):
     init: Callable[[PRNGKey, Array], Params]
     grad_fn: GradFn | None
     sample: Sample
-    candidates: Callable[[Params], dict[float, Params]]
+    candidates: Callable[[Params], dict[Name, Params]]
     log_probs: Callable[[int, bool, bool], PredictFn] | None
-    draw: Callable[[int], Callable[[Params, Array, PRNGKey], Array]]
+    draw: Callable[[int], Draw]
     kind: str
     takes_steps: bool = True
 
@@ -72,8 +79,8 @@ def make_learner(config: Config, shape: Shape) -> Learner:
     model = adaptive(config, shape)
     if config.learner == "reptile":
         return reptile(config, model)
-    if config.learner == "meta_sgd":
-        return meta_sgd(config, model)
+    if config.learner in ("meta_sgd", "learned_rates"):
+        return learned_rates(config, model)
     if config.learner in ("pretrained", "scratch"):
         return conventional(config, model)
     return maml(config, model)
@@ -97,30 +104,42 @@ def maml(config: Config, model: Adaptive) -> Learner:
     )
 
 
-def meta_sgd(config: Config, model: Adaptive) -> Learner:
-    """MAML with a learned rate for each parameter."""
+def learned_rates(config: Config, model: Adaptive) -> Learner:
+    """MAML with a learned rate for each parameter (Meta-SGD), or for each leaf and step.
+
+    What is learned are factors of `inner_rate`, which begin at 1: the outer optimiser, whose steps
+    are about its rate, 1e-3, would throw rates of 1e-4 themselves about.
+    """
+    of_rates, init_factors = update_rules.meta_sgd, update_rules.init_meta_sgd
+    if config.learner == "learned_rates":
+        of_rates = update_rules.per_layer_per_step
+        init_factors = functools.partial(
+            update_rules.init_per_layer_per_step, num_steps=config.inner_steps
+        )
 
     def init(key: PRNGKey, images: Array) -> MetaParams:
         params = model.init(key, images)
-        return MetaParams(params, update_rules.init_meta_sgd(params, rate=config.inner_rate))
+        return MetaParams(params, init_factors(params, rate=1.0))
 
-    loss = update_rules.learned_rule_loss(
-        model.loss_fn, rule=update_rules.meta_sgd, num_steps=config.inner_steps
-    )
+    def rule(factors: PyTree) -> optax.GradientTransformation:
+        return of_rates(optax.tree.scale(config.inner_rate, factors))
+
+    loss = update_rules.learned_rule_loss(model.loss_fn, rule=rule, num_steps=config.inner_steps)
     return _by_gradients(
         model,
         init,
         gradients(loss),
         training_episodes(config),
-        lambda params: {config.inner_rate: params},
-        update_rules.meta_sgd,
+        lambda params: {"learned": params},
+        rule,
     )
 
 
 def reptile(config: Config, model: Adaptive) -> Learner:
     """Reptile; the inner optimiser's second moments go on from task to task, as published."""
-    # The published Adam without momentum, which after its first thousand steps is this.
-    optimizer = optax.rmsprop(config.inner_rate, decay=0.999, initial_scale=1e-4)
+    # The published Adam without momentum, which after its first thousand steps is this. The scale
+    # is that of squared gradients of a loss in nats: from a smaller one first steps would be huge.
+    optimizer = optax.rmsprop(config.inner_rate, decay=0.999, initial_scale=1.0)
 
     def init(key: PRNGKey, images: Array) -> MetaParams:
         params = model.init(key, images)
@@ -143,24 +162,21 @@ def figr(config: Config, model: Model) -> Learner:
     """Reptile over a GAN: it draws, and says of no image how probable it is."""
     optimizer = model.optimizer
     assert optimizer is not None
+
+    def of_pixels(params: Params, images: Array, key: Array) -> tuple[Params, Metrics]:
+        return model.grad_fn(params, 255 * images, key)
+
     grad_fn = reptile_over_gradients(
-        model.grad_fn, inner_optimizer=optimizer, num_steps=config.inner_steps
+        of_pixels, inner_optimizer=optimizer, num_steps=config.inner_steps
     )
 
-    def draw(num_steps: int) -> Callable[[Params, Array, PRNGKey], Array]:
-        def sample(params: Params, support: Array, key: PRNGKey) -> Array:
-            adapt_key, sample_key = jax.random.split(key)
-            if num_steps and len(support):
-                params = adapt(
-                    model.grad_fn,
-                    params,
-                    support,
-                    adapt_key,
-                    optimizer=optimizer,
-                    num_steps=num_steps,
-                ).params
+    def draw(num_steps: int) -> Draw:
+        def sample(params: Params, support: Array, keys: Array) -> Array:
+            adapt_key, keys = _halves(keys)
+            adapted = _adapted(of_pixels, params, support, adapt_key, optimizer, num_steps)
             # Few steps don't reach the moving average, of which the model draws.
-            return model.sample(params._replace(average=params.generator), sample_key)
+            adapted = adapted._replace(average=adapted.generator)
+            return jax.lax.map(functools.partial(model.sample, adapted), keys)
 
         return sample
 
@@ -168,7 +184,7 @@ def figr(config: Config, model: Model) -> Learner:
         model.init,
         grad_fn,
         training_episodes(config),
-        lambda params: {0.0: params},
+        lambda params: {"the GAN's": params},
         None,
         draw,
         model.kind,
@@ -184,8 +200,12 @@ def conventional(config: Config, model: Adaptive) -> Learner:
         model.init,
         gradients(model.loss_fn) if trained else None,
         conventional_batches(config, num_images),
-        lambda params: {rate: _at_rate(params, rate) for rate in config.tuned_rates},
-        _inner(config),
+        lambda params: {
+            f"{name} {rate:g}": _at_rate(params, {**_NO_RATES, name: rate})
+            for name in _NO_RATES
+            for rate in config.tuned_rates
+        },
+        _adam_or_sgd,
     )
 
 
@@ -203,11 +223,12 @@ def amortised(config: Config, model: Amortised) -> Learner:
             return predictions[test]
         return lambda *arguments: predictions[test](*arguments)[None]
 
-    def draw(num_steps: int) -> Callable[[Params, Array, PRNGKey], Array]:
+    def draw(num_steps: int) -> Draw:
         del num_steps
 
-        def sample(params: Params, support: Array, key: PRNGKey) -> Array:
-            return model.sample(params, model.encode(params, support), key)
+        def sample(params: Params, support: Array, keys: Array) -> Array:
+            memory = model.encode(params, support)
+            return jax.lax.map(functools.partial(model.sample, params, memory), keys)
 
         return sample
 
@@ -215,7 +236,7 @@ def amortised(config: Config, model: Amortised) -> Learner:
         model.init,
         gradients(set_loss(model.encode, model.log_prob)),
         training_episodes(config),
-        lambda params: {0.0: params},
+        lambda params: {"none": params},
         log_probs,
         draw,
         model.kind,
@@ -228,7 +249,7 @@ def _by_gradients(
     init: Callable[[PRNGKey, Array], Params],
     grad_fn: GradFn | None,
     sample: Sample,
-    candidates: Callable[[Params], dict[float, Any]],
+    candidates: Callable[[Params], dict[Name, Any]],
     rule: update_rules.Rule,
 ) -> Learner:
     """A learner whose params to test are `MetaParams(init, rule)`."""
@@ -243,29 +264,53 @@ def _by_gradients(
             every_step=every_step,
         )
 
-    def draw(num_steps: int) -> Callable[[MetaParams, Array, PRNGKey], Array]:
-        def sample(params: MetaParams, support: Array, key: PRNGKey) -> Array:
-            adapt_key, sample_key = jax.random.split(key)
-            adapted = params.init
-            if num_steps and len(support):
-                adapted = adapt(
-                    gradients(model.loss_fn),
-                    params.init,
-                    support,
-                    adapt_key,
-                    optimizer=rule(params.rule),
-                    num_steps=num_steps,
-                ).params
-            return model.sample(adapted, sample_key)
+    def draw(num_steps: int) -> Draw:
+        def sample(params: MetaParams, support: Array, keys: Array) -> Array:
+            adapt_key, keys = _halves(keys)
+            grad_fn, optimizer = gradients(model.loss_fn), rule(params.rule)
+            adapted = _adapted(grad_fn, params.init, support, adapt_key, optimizer, num_steps)
+            return jax.lax.map(functools.partial(model.sample, adapted), keys)
 
         return sample
 
     return Learner(init, grad_fn, sample, candidates, log_probs, draw, model.kind)
 
 
+def _adapted(
+    grad_fn: GradFn,
+    params: Params,
+    support: Array,
+    key: PRNGKey,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+) -> Params:
+    """Parameters to draw from: as they are if there is nothing to adapt to."""
+    if not (num_steps and len(support)):
+        return params
+    return adapt(grad_fn, params, support, key, optimizer=optimizer, num_steps=num_steps).params
+
+
+def _halves(keys: Array) -> tuple[PRNGKey, Array]:
+    """A key to adapt with, and one for each draw."""
+    first, second = jax.vmap(jax.random.split, out_axes=1)(keys)
+    return first[0], second
+
+
+def _adam_or_sgd(rates: dict[str, Array]) -> optax.GradientTransformation:
+    """The sum of their steps, so that one compiled program serves both: one rate is 0."""
+    adam, sgd = _ADAM(rates["adam"]), optax.sgd(rates["sgd"])
+
+    def update(updates: Params, state: Any, params: Params | None = None):
+        steps, state = adam.update(updates, state, params)
+        more, _ = sgd.update(updates, sgd.init(updates))
+        return optax.tree.add(steps, more), state
+
+    return optax.GradientTransformation(adam.init, update)
+
+
 def _inner(config: Config) -> Callable[..., optax.GradientTransformation]:
     return _ADAM if config.inner_optimizer == "adam" else optax.sgd
 
 
-def _at_rate(params: Params, rate: float) -> MetaParams:
-    return MetaParams(params, jnp.float32(rate))
+def _at_rate(params: Params, rates: PyTree) -> MetaParams:
+    return MetaParams(params, jax.tree.map(jnp.float32, rates))

@@ -4,6 +4,7 @@ Those that learn by gradients are the models of `experiments.density` with a los
 the support set in.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,12 +18,11 @@ from experiments.density_models import MODELS
 from experiments.few_shot_generation_config import Config, ModelName
 from metagen_jax.evaluation.likelihood import importance_sampled_log_prob
 from metagen_jax.generative.autoregressive import sample_fixed_point
-from metagen_jax.generative.flow_matching import Velocity, flow_matching_loss
+from metagen_jax.generative.flow_matching import Velocity, dequantized_matching_loss
 from metagen_jax.generative.likelihoods import bernoulli_log_prob, sample_bernoulli
 from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
 from metagen_jax.generative.set_conditional import EncodeSet, Given
 from metagen_jax.generative.vae import hierarchical_inference, importance_weighted_log_prob
-from metagen_jax.gradients import count_tasks, task_keys
 from metagen_jax.nets.attention_pixelcnn import AttentionPixelCNN
 from metagen_jax.nets.set_vae import SetVAE
 from metagen_jax.nets.velocity import VelocityUNet
@@ -82,10 +82,11 @@ _DENSITY_MODELS: dict[ModelName, density_config.ModelName] = {
 
 
 def density_model(config: Config, shape: Shape) -> Model:
-    """A model of `experiments.density` of pixels that are 0 or 1."""
+    """A model of `experiments.density` of pixels that are 0 or 1; a GAN's are 0 or 255."""
     settings = density_config.Config(
         model=_DENSITY_MODELS[config.model],
-        values="static",
+        # Whose GAN sees them from -1 to 1, as its generator makes them.
+        values="levels" if config.model == "gan" else "static",
         num_latents=config.num_latents,
         hidden_sizes=config.hidden_sizes,
         num_filters=config.num_filters,
@@ -101,7 +102,7 @@ def adaptive(config: Config, shape: Shape) -> Adaptive:
     test_log_prob = model.test_log_prob
     assert test_log_prob is not None
     if config.model == "flow_matching":
-        loss_fn, log_prob = _matching_loss(config.num_filters), test_log_prob
+        loss_fn, log_prob = _matching_loss(config.num_filters, math.prod(shape)), test_log_prob
     else:
         log_prob = model.log_prob
         assert log_prob is not None
@@ -109,18 +110,19 @@ def adaptive(config: Config, shape: Shape) -> Adaptive:
     return Adaptive(model.init, loss_fn, log_prob, test_log_prob, model.kind, model.sample)
 
 
-def _matching_loss(num_filters: int) -> LossFn:
-    """Flow matching of images of 0 and 1 with noise added, from -1 to 1."""
+def _matching_loss(num_filters: int, num_elements: int) -> LossFn:
+    """Flow matching of images of 0 and 1, the squared error of all elements of an image.
+
+    A sum, as the nats of other models are, so that rates of steps on a support set compare.
+    """
     velocity: Velocity = VelocityUNet(  # pyright: ignore[reportAssignmentType]
         num_filters=num_filters
     ).apply
-    of_reals = flow_matching_loss(velocity)
+    of_images = dequantized_matching_loss(velocity, num_levels=2)
 
     def loss_fn(params: Params, images: Batch, key: Array) -> tuple[Array, Metrics]:
-        keys = task_keys(key, count_tasks(images)) if key.ndim == 0 else key
-        noise_keys, loss_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(noise_keys)
-        return of_reals(params, (images + noise - 1, None), loss_keys)
+        loss, metrics = of_images(params, (images, None), key)
+        return num_elements * loss, metrics
 
     return loss_fn
 
@@ -163,7 +165,7 @@ def set_vae(config: Config, shape: Shape) -> Amortised:
     return Amortised(
         init,
         encode,
-        importance_weighted_log_prob(infer, num_samples=1),
+        importance_weighted_log_prob(infer, num_samples=config.train_samples),
         importance_sampled_log_prob(infer, num_samples=config.test_samples, chunk=IMPORTANCE_CHUNK),
         f"lower bound, {config.test_samples} importance samples",
         sample,

@@ -13,7 +13,8 @@ import rich.console
 import rich.table
 from jaxtyping import Array
 
-from experiments.few_shot_generation_config import Config
+from experiments.few_shot_generation_compare import FIGURES, Other
+from experiments.few_shot_generation_config import TUNED, Config
 from experiments.few_shot_generation_learners import Learner
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.data.set_episodes import first_shots
@@ -44,7 +45,12 @@ class Row(NamedTuple):
 
 
 def report(
-    config: Config, learner: Learner, rows: Mapping[int, Row], *, title: str
+    config: Config,
+    learner: Learner,
+    rows: Mapping[int, Row],
+    *,
+    title: str,
+    other: Other | None = None,
 ) -> dict[str, Any]:
     """Prints the table, draws figures against shots, keeps those of each episode.
 
@@ -53,9 +59,10 @@ def report(
       learner: what was tested.
       rows: the test by number of shots, the first without any.
       title: of model, learner and data.
+      other: the run to compare with, if any.
 
     Returns:
-      `nll_by_shots`.
+      `nll_by_shots`, and `against`, the other run's name.
     """
     figures = {n: row.nll for n, row in rows.items() if row.nll is not None}
     by_shots: dict[str, Any] = {}
@@ -70,18 +77,35 @@ def report(
             "steps": rows[num_shots].num_steps,
             "rate": rows[num_shots].rate,
         }
-    _print_table(config, learner, by_shots, title)
-    file = config.run_dir / "nll_by_shots.npz"
+    curves = {f"{config.model} by {config.learner}": figures}
+    if other is not None:
+        curves[other.name] = other.figures
+        for num_shots in figures.keys() & other.figures.keys():
+            less = estimate(other.figures[num_shots].per_task - figures[num_shots].per_task)
+            by_shots[str(num_shots)] |= {
+                "less_than_other": float(less.mean),
+                "less_than_other_interval": float(less.interval),
+            }
+    _print_table(config, learner, by_shots, title, other)
+    file = config.run_dir / FIGURES
     with writing(file):
         per_task: dict[str, Any] = {str(n): nll.per_task for n, nll in figures.items()}
         np.savez(file, **per_task)
     plot_nll_by_shots(
-        {config.model: figures},
+        curves,
         config.run_dir / "nll_by_shots.png",
         title=title,
-        published=PUBLISHED if title.endswith("lake") else None,
+        published=PUBLISHED if _as_published(config) else None,
     )
-    return {"nll_by_shots": by_shots}
+    return {"nll_by_shots": by_shots} | ({} if other is None else {"against": other.name})
+
+
+def _as_published(config: Config) -> bool:
+    """Whether pixels, classes and draws are those of the published figures."""
+    lake = config.dataset == "omniglot" and config.split == "lake"
+    pixels = config.image_size, config.resampling, config.values
+    whole = config.num_test_classes is None
+    return lake and whole and pixels == (28, "corner", "stored") and config.replacement != "never"
 
 
 def draw(
@@ -112,13 +136,25 @@ def draw(
     print(f"pictures are in {config.run_dir}: {', '.join(drawn)}")
 
 
-def _print_table(config: Config, learner: Learner, by_shots: Mapping[str, Any], title: str):
+def _print_table(
+    config: Config,
+    learner: Learner,
+    by_shots: Mapping[str, Any],
+    title: str,
+    other: Other | None,
+) -> None:
+    chosen = ""
+    if learner.takes_steps:
+        tuned = config.learner in TUNED
+        chosen = f"; steps{' and rate' if tuned else ''} chosen on validation classes"
     table = rich.table.Table(
         title=f"{title}: nats of the next image of an unseen class",
-        caption=f"{learner.kind}; {config.num_test_tasks} episodes, ± 95 % interval; steps and "
-        "rate chosen on validation classes",
+        caption=f"{learner.kind}; {config.num_test_tasks} episodes, ± 95 % interval" + chosen,
     )
-    for column in ("shots", "nats", "less than without", "steps", "rate"):
+    columns = ["shots", "nats", "less than without", "steps", "rate"]
+    if other is not None:
+        columns.append(f"less than {other.name}")
+    for column in columns:
         table.add_column(column, justify="right")
     for num_shots, row in by_shots.items():
         rate = row["rate"]
@@ -127,9 +163,18 @@ def _print_table(config: Config, learner: Learner, by_shots: Mapping[str, Any], 
             f"{row['nats']:.2f} ± {row['interval']:.2f}",
             f"{row['gain']:.2f} ± {row['gain_interval']:.2f}" if num_shots != "0" else "",
             str(row["steps"]) if learner.takes_steps else "",
-            "" if rate is None else f"{rate:g}",
+            "" if rate is None else str(rate),
+            *_than_other(row, other),
         )
     rich.console.Console(width=100).print(table)
+
+
+def _than_other(row: Mapping[str, Any], other: Other | None) -> list[str]:
+    if other is None:
+        return []
+    if "less_than_other" not in row:
+        return [""]
+    return [f"{row['less_than_other']:.2f} ± {row['less_than_other_interval']:.2f}"]
 
 
 def _draw_samples(
@@ -152,7 +197,7 @@ def _draw_samples(
             episode_key, sample_key = jax.random.split(key)
             support = first_shots(sample_test(episode_key, data), num_shots).support
             keys = task_keys(sample_key, NUM_SAMPLES)
-            return support, jax.lax.map(lambda key: draw_new(params, support, key), keys)
+            return support, draw_new(params, support, keys)
 
         return jax.lax.map(of_episode, keys)
 

@@ -6,20 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array
 
-from experiments.few_shot_generation_config import Config
+from experiments.few_shot_generation_config import USE_QUERIES, Config
 from experiments.few_shot_generation_learners import Learner
 from experiments.few_shot_generation_report import Row
-from metagen_jax.data.episodes import ClassData, check_episodes, sample_episode
+from metagen_jax.data.episodes import ClassData, sample_episode
 from metagen_jax.evaluation.estimates import estimate, percent
 from metagen_jax.evaluation.few_shot import Sample, evaluate_few_shot, transductive
 from metagen_jax.evaluation.generated_examples import with_generated_examples
 from metagen_jax.meta.maml import maml_predict
 from metagen_jax.nets.conv4 import Conv4
 from metagen_jax.supervised import cross_entropy_loss
-from metagen_jax.types import Episode, PRNGKey
+from metagen_jax.types import Episode, Params, PRNGKey
 
-NUM_QUERIES, NUM_STEPS, RATE, NUM_FILTERS = 10, 60, 3e-3, 16
+NUM_STEPS, RATE, NUM_FILTERS = 60, 3e-3, 16
 
 
 def use_and_report(
@@ -30,8 +31,11 @@ def use_and_report(
     The net is Conv4 without normalisation, from one random start, trained by Adam for so many
     steps; its settings were not tuned for either side.
     """
-    shape = {"num_ways": config.use_ways, "num_shots": config.use_shots, "num_queries": NUM_QUERIES}
-    check_episodes(test, **shape)
+    shape: dict[str, Any] = {
+        "num_ways": config.use_ways,
+        "num_shots": config.use_shots,
+        "num_queries": USE_QUERIES,
+    }
     net = Conv4(config.use_ways, NUM_FILTERS, norm="none")
     alone = maml_predict(
         cross_entropy_loss(net.apply),
@@ -40,9 +44,16 @@ def use_and_report(
         num_steps=NUM_STEPS,
     )
     draw = learner.draw(row.num_steps)
+
+    def new_images(params: Params, shown: Array, keys: Array) -> Array:
+        # Real pixels are 0 and 1, and grey ones would tell the net what is real.
+        draw_keys, pixel_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        grey = draw(params, shown.astype(jnp.int32), draw_keys)
+        return jax.vmap(jax.random.bernoulli)(pixel_keys, jnp.clip(grey, 0, 1))
+
     more = with_generated_examples(
         alone,
-        lambda params, shown, key: draw(params, shown.astype(jnp.int32), key),
+        new_images,
         num_ways=config.use_ways,
         num_samples=config.use_samples,
     )
@@ -72,7 +83,7 @@ def use_and_report(
     }
 
 
-def _labelled(config: Config, shape: dict[str, int]) -> Sample:
+def _labelled(config: Config, shape: dict[str, Any]) -> Sample:
     """Episodes of several classes, pixels 0 and 1 as floats."""
 
     def sample(key: PRNGKey, data: ClassData) -> Episode:

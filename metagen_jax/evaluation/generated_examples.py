@@ -10,7 +10,7 @@ from metagen_jax.errors import UserError
 from metagen_jax.types import Batch, Params, PredictFn, PRNGKey
 
 Draw = Callable[[Params, Array, PRNGKey], Array]
-"""`draw(params, examples of one class, key) -> a new example of it`."""
+"""`draw(params, examples of one class, keys) -> a new example of it for each key`."""
 
 
 def with_generated_examples(
@@ -24,7 +24,7 @@ def with_generated_examples(
     Args:
       predict: `(params, (inputs, labels), inputs, key) -> logits`, such as `maml_predict` of a net
         that starts anew.
-      draw: a new example of a class, given its support examples.
+      draw: new examples of a class, given its support examples; it adapts to these once.
       num_ways: classes N. Support examples stand class by class, as many of each, labelled 0..N-1,
         as `sample_episode` gives them.
       num_samples: new examples of each class.
@@ -50,8 +50,7 @@ def with_generated_examples(
         keys = jax.random.split(draw_key, (num_ways, num_samples))
 
         def new_examples(of_class: tuple[Array, Array]) -> Array:
-            shown, keys = of_class
-            return jax.lax.map(lambda key: draw(generator, shown, key), keys)
+            return draw(generator, *of_class)
 
         by_class = examples.reshape(num_ways, -1, *examples.shape[1:])
         drawn = jax.lax.map(new_examples, (by_class, keys)).reshape(-1, *examples.shape[1:])

@@ -16,9 +16,9 @@ def see(params, support, inputs, key):
     return params, support, inputs
 
 
-def draw(params, shown, key):
-    """The mean of a class's examples, times a factor, plus a small draw."""
-    return params * shown.mean(0) + jax.random.uniform(key) / 100
+def draw(params, shown, keys):
+    """The mean of a class's examples, times a factor, plus small draws."""
+    return params * shown.mean(0) + jax.vmap(jax.random.uniform)(keys)[:, None] / 100
 
 
 def test_each_class_has_new_examples_made_of_its_own():

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import chex
 import jax
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from experiments import few_shot_generation, few_shot_generation_data, program
-from experiments.few_shot_generation_config import PRESETS, Config, check, with_model
+from experiments.few_shot_generation_config import Config, check
 from experiments.few_shot_generation_learners import make_learner
 from experiments.few_shot_generation_models import adaptive
+from experiments.few_shot_generation_presets import PRESETS, with_model
 from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
 from metagen_jax.evaluation.likelihood import evaluate_log_prob
@@ -49,7 +51,10 @@ def pictures(num_classes=4, size=8, seed=0):
 @pytest.mark.parametrize(
     ("learner", "model"),
     [
-        *((learner, "vae") for learner in ("maml", "fomaml", "reptile", "meta_sgd", "scratch")),
+        *(
+            (learner, "vae")
+            for learner in ("maml", "fomaml", "reptile", "meta_sgd", "learned_rates", "scratch")
+        ),
         ("maml", "pixelcnn"),
         *(
             pytest.param("maml", model, marks=pytest.mark.slow)
@@ -84,13 +89,14 @@ def test_every_learner_and_model_has_a_direction_likelihoods_and_samples(learner
         assert tried.shape == shape
         final = jax.eval_shape(made.log_probs(2, False, True), tested, support, images, KEY)
         assert final.shape == (3,)
-    sample = jax.eval_shape(made.draw(2), tested, images, KEY)
-    assert (sample.shape, sample.dtype) == ((8, 8, 1), jnp.float32)
+    for support in (images, nothing):
+        drawn = jax.eval_shape(made.draw(2), tested, support, jax.random.split(KEY, 4))
+        assert (drawn.shape, drawn.dtype) == ((4, 8, 8, 1), jnp.float32)
 
 
 def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
     config = config_of("maml", "pixelcnn")
-    data = few_shot_generation_data.to_class_data(config, pictures(), 4, 1)
+    data = few_shot_generation_data.to_class_data(config, pictures(), 4, 1, "test")
     made = make_learner(config, (8, 8, 1))
     params = jax.jit(made.init)(KEY, data.examples[:2])
     tested = made.candidates(params)[config.inner_rate]
@@ -99,11 +105,13 @@ def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
     by_shots = evaluate_nll(
         made.log_probs(5, False, True), tested, sample, data, num_shots=0, **options
     )
-    draw = jax.jit(lambda key: sample(jax.random.split(key)[0], data).query[0])
-    queries = jnp.stack([draw(key) for key in task_keys(KEY, 6)])
+    draw = jax.jit(lambda key: sample(jax.random.split(key)[0], data).query)
+    queries = jnp.concatenate([draw(key) for key in task_keys(KEY, 6)])
     log_prob = adaptive(config, (8, 8, 1)).test_log_prob
     ordinary = evaluate_log_prob(log_prob, params, queries, key=KEY)
-    np.testing.assert_allclose(by_shots.per_task, -ordinary.per_task, rtol=1e-5)
+    assert config.test_queries == 5
+    of_queries = -ordinary.per_task.reshape(6, 5)
+    np.testing.assert_allclose(by_shots.per_task, of_queries.mean(1), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -181,6 +189,19 @@ def test_presets_are_settings_that_make_sense(preset):
         ({"model": "flow", "image_size": 26}, "image_size is 26; a flow halves it twice"),
         ({"model": "gan"}, "learner is maml and model gan; give --learner reptile"),
         ({"use_tasks": 5, "use_shots": 2}, r"use_shots is 2 and shots \(0, 1\); give one"),
+        ({"model": "vae", "hidden_sizes": ()}, r"hidden_sizes is \(\); give one or more"),
+        (
+            {"learner": "amortised", "model": "set_vae", "vary_shots": True},
+            "vary_shots is True and learner amortised.*give --no-vary-shots",
+        ),
+        (
+            {"learner": "pretrained", "inner_optimizer": "adam"},
+            "inner_optimizer is adam and learner pretrained; only maml",
+        ),
+        ({"train_samples": 5}, "train_samples is 5 and model vae; only set_vae"),
+        ({"warmup_steps": 4}, "warmup_steps is 4 and steps 4; give fewer"),
+        ({"average_decay": 1.0}, r"average_decay is 1\.0; give 0, or a number below 1"),
+        ({"learner": "scratch", "init_from": Path("x")}, "init_from is given and learner scratch"),
         ({"inner_rate": 0.0}, r"inner_rate is 0\.0; give more than 0"),
         ({"num_test_tasks": 1}, "num_test_tasks is 1; give 2 or more"),
     ],
