@@ -234,9 +234,9 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
     "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
     "prototypical": {
-        "train_ways": 60,
+        "train_ways": 20,
         "num_queries": 5,
-        "num_tasks": 2,
+        "num_tasks": 8,
         "num_validation_tasks": 1000,
     },
     "matching": _MATCHING,
@@ -248,7 +248,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "reptile": 45_000,
     "imaml": 10_000,
-    "prototypical": 3000,
+    "prototypical": 20_000,
     "matching": 8000,
     "matching_fce": 8000,
 }
