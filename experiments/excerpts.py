@@ -1,15 +1,18 @@
 """Excerpts of one length of sequences of any length, for training and for exact evaluation."""
 
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from metagen_jax.counted import counted_mean
 from metagen_jax.evaluation.estimates import Estimate, estimate_ratio
-from metagen_jax.types import AnyArray, PRNGKey
+from metagen_jax.generative.likelihoods import categorical_log_prob
+from metagen_jax.types import AnyArray, Batch, LossFn, Metrics, Params, PRNGKey
 
 
 class Excerpt(NamedTuple):
@@ -94,6 +97,28 @@ def cut(sequences: Sequences, *, length: int, reach: int) -> Cut:
     counted = (index >= first[:, None]) & (index < end[:, None])
     excerpts = Excerpt(values[np.minimum(index, len(values) - 1)], counted)
     return Cut(excerpts, np.asarray(sequences.conditions)[owners], owners)
+
+
+def excerpt_loss(predict: Callable[[Params, Array, Array], Any]) -> LossFn:
+    """The mean negative log-probability, in nats, of the elements that count, exact over devices.
+
+    Args:
+      predict: `(params, values (n, t), conditions (n, d)) -> logits (n, t, classes)`, of each
+        element given those before it.
+
+    Returns:
+      A loss over `(excerpts, conditions)` that takes the devices for the axis "tasks".
+    """
+
+    def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
+        del key
+        excerpts, conditions = batch
+        log_probs = categorical_log_prob(
+            excerpts.values, predict(params, excerpts.values, conditions)
+        )
+        return -counted_mean(log_probs, excerpts.counted, axis_name="tasks"), {}
+
+    return loss_fn
 
 
 def ratio_over_sequences(

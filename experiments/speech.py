@@ -20,12 +20,12 @@ import optax
 from jaxtyping import Array
 
 from experiments import program, speech_report
-from experiments.excerpts import Excerpt, Sequences, cut, draw_excerpts
+from experiments.excerpts import Excerpt, Sequences, cut, draw_excerpts, excerpt_loss
 from experiments.speech_config import PRESETS, Config, check, with_source
 from experiments.speech_data import load_splits, to_sounds
 from experiments.speech_model import bits_a_sample, make_log_prob, make_net, references, told
 from metagen_jax.evaluation.estimates import Estimate, estimate
-from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
+from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.wavenet import WaveNet
 from metagen_jax.parallel import data_parallel, replicate
@@ -47,9 +47,8 @@ def train(
             warm_up=config.warm_up,
         )
 
-    def a_sample(params: Params, example: Any, key: PRNGKey) -> Array:
-        """Nats a sample of an excerpt that is whole: steps of one size whatever the length."""
-        return log_prob(params, example, key) / config.excerpt
+    def predict(params: Params, codes: Array, conditions: Array) -> Any:
+        return net.apply(params, codes, told(conditions))
 
     pieces = cut(val, length=config.excerpt, reach=net.receptive_field)
 
@@ -60,7 +59,7 @@ def train(
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(net.init)(init_key, sounds.values[:1], told(sounds.conditions[0]))
     devices = program.devices_for(config.num_devices, config.batch_size)
-    grad_fn = data_parallel(gradients(negative_log_likelihood_loss(a_sample)), devices=devices)
+    grad_fn = data_parallel(gradients(excerpt_loss(predict)), devices=devices)
     state, data = replicate((init_state(params, optimizer, train_key), sounds), devices=devices)
     return fit(
         train_step(grad_fn, optimizer, sample),

@@ -51,7 +51,7 @@ def draw_learning_curve(config: Config) -> None:
         map(_in_bits, lines),
         config.run_dir / "learning_curve.png",
         title=f"WaveNet of {config.source}: training",
-        loss_label="Bits a sample (training: fewer, where excerpts end early)",
+        loss_label="Bits a sample",
     )
 
 

@@ -31,6 +31,7 @@ from experiments.excerpts import (
     as_list,
     cut,
     draw_excerpts,
+    excerpt_loss,
     ratio_over_sequences,
 )
 from experiments.text_generation_config import PRESETS, Config, check
@@ -41,7 +42,7 @@ from metagen_jax.evaluation.likelihood import evaluate_log_prob
 from metagen_jax.evaluation.ngrams import fit_ngrams, ngram_log_prob
 from metagen_jax.generative.autoregressive import autoregressive_log_prob
 from metagen_jax.generative.likelihoods import categorical_log_prob
-from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_likelihood_loss
+from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.transformer import Transformer
 from metagen_jax.parallel import data_parallel, replicate
@@ -81,15 +82,13 @@ def train(
 ) -> FitResult:
     """Trains the net; the parameters that validate best are the result."""
 
-    def sample(key: PRNGKey, data: Sequences) -> Excerpt:
-        excerpts, _ = draw_excerpts(
+    def sample(key: PRNGKey, data: Sequences) -> tuple[Excerpt, Array]:
+        return draw_excerpts(
             key, data, count=config.batch_size, length=config.length, warm_up=config.warm_up
         )
-        return excerpts
 
-    def a_token(params: Params, excerpt: Excerpt, key: PRNGKey) -> Array:
-        """Nats a token of an excerpt that is whole: steps of one size whatever the length."""
-        return log_prob(params, excerpt, key) / config.length
+    def predict(params: Params, tokens: Array, nothing: Array) -> Any:
+        return net.apply(params, tokens, method="predict_next")
 
     pieces = cut(val, length=config.length, reach=config.warm_up)
     lengths = np.diff(val.starts)
@@ -105,7 +104,7 @@ def train(
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(net.init)(init_key, texts.values[:1])
     devices = program.devices_for(config.num_devices, config.batch_size)
-    grad_fn = data_parallel(gradients(negative_log_likelihood_loss(a_token)), devices=devices)
+    grad_fn = data_parallel(gradients(excerpt_loss(predict)), devices=devices)
     state, data = replicate((init_state(params, optimizer, train_key), texts), devices=devices)
     return fit(
         train_step(grad_fn, optimizer, sample),

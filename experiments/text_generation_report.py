@@ -60,7 +60,7 @@ def draw_learning_curve(config: Config) -> None:
         records,
         config.run_dir / "learning_curve.png",
         title=f"transformer of {config.dataset}: training",
-        loss_label="Nats a token (training: fewer, where excerpts end early)",
+        loss_label="Nats a token",
     )
 
 

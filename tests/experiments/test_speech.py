@@ -4,19 +4,21 @@ import json
 import wave
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import program, speech, speech_report
-from experiments.excerpts import Excerpt, as_list, cut, draw_excerpts
+from experiments.excerpts import Excerpt, as_list, cut, draw_excerpts, excerpt_loss
 from experiments.speech_config import PRESETS, Config, check, with_source
 from experiments.speech_data import choose, load_splits, to_sounds
 from experiments.speech_model import bits_a_sample, make_log_prob, make_net, told
 from metagen_jax.data.audio import Recordings
 from metagen_jax.errors import UserError
-from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
+from metagen_jax.gradients import gradients
+from metagen_jax.parallel import data_parallel
 
 KEY = jax.random.key(0)
 SMALL = replace(PRESETS["smoke"], num_filters=3, num_skip=4, num_layers=3)
@@ -70,27 +72,39 @@ def test_a_cut_counts_every_sample_once_and_is_exact():
     alone = []
     for codes, condition in zip(as_list(sounds), sounds.conditions, strict=True):
         whole = Excerpt(codes, np.ones(len(codes), bool))
-        alone.append(float(log_prob(params, (whole, condition), KEY)))
+        alone.append(float(jax.jit(log_prob)(params, (whole, condition), KEY)))
     assert float(bits.mean) == pytest.approx(-sum(alone) / 120 / np.log(2), rel=1e-5)
     lengths = np.array([70, 9, 41])
     expected = -np.array(alone) / np.log(2) - bits.mean * lengths
     np.testing.assert_allclose(bits.per_task - bits.mean, expected / 40, atol=1e-4)
 
 
-def test_what_does_not_count_changes_nothing():
-    """Neither loss nor gradient, of one excerpt that ends early beside one that does not."""
-    sounds = to_sounds(recordings_of(30, 12), conditional=False)
-    log_prob = make_log_prob(make_net(SMALL))
-    params = jax.jit(make_net(SMALL).init)(KEY, sounds.values[:1])
-    pieces = cut(sounds, length=30, reach=23)
-    changed = np.where(pieces.excerpts.counted, pieces.excerpts.values, 200)
-    evaluate = jax.jit(jax.value_and_grad(negative_log_likelihood_loss(log_prob), has_aux=True))
-    one, other = (
-        evaluate(params, (Excerpt(codes, pieces.excerpts.counted), pieces.conditions), KEY)
-        for codes in (pieces.excerpts.values, changed)
+def test_the_loss_is_the_mean_over_what_counts_on_any_number_of_devices():
+    """Of excerpts of which some end early; what does not count changes nothing."""
+    sounds = to_sounds(recordings_of(30, 12, 5, 26), conditional=False)
+    net = make_net(SMALL)
+    log_prob = make_log_prob(net)
+    params = jax.jit(net.init)(KEY, sounds.values[:1])
+    excerpts, conditions, _ = cut(sounds, length=30, reach=23)
+
+    def predict(params, codes, conditions):
+        return net.apply(params, codes)
+
+    def evaluate(excerpts, num_devices):
+        grad_fn = data_parallel(
+            gradients(excerpt_loss(predict)), devices=jax.devices()[:num_devices]
+        )
+        return jax.jit(grad_fn)(params, (excerpts, conditions), KEY)
+
+    one = evaluate(excerpts, 1)
+    total = sum(
+        float(jax.jit(log_prob)(params, (Excerpt(values, counted), condition), KEY))
+        for values, counted, condition in zip(*excerpts, conditions, strict=True)
     )
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_array_equal(a, b)
+    assert float(one[1]["loss"]) == pytest.approx(-total / 73, rel=1e-5)
+    changed = Excerpt(np.where(excerpts.counted, excerpts.values, 200), excerpts.counted)
+    chex.assert_trees_all_close(evaluate(changed, 1), one, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(evaluate(excerpts, 2), one, rtol=1e-5, atol=1e-6)
 
 
 def test_recordings_are_chosen_evenly_and_conditions_name_them():
