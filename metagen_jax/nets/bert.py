@@ -114,7 +114,7 @@ def save_bert(folder: Folder, net: Transformer, params: Params) -> None:
 
     Args:
       folder: is made.
-      net: not causal, with `norm="post"`.
+      net: not causal, not `by_distance`, with `norm="post"`.
       params: of the net.
 
     Raises:
@@ -124,10 +124,10 @@ def save_bert(folder: Folder, net: Transformer, params: Params) -> None:
     with missing_package_named("a BERT"):
         from safetensors.numpy import save_file
 
-    if net.causal or net.norm != "post":
+    if net.causal or net.by_distance or net.norm != "post":
         raise UserError(
-            f"the net has causal={net.causal} and norm={net.norm!r}; a BERT sees both sides and "
-            'has norm="post"'
+            f"the net has causal={net.causal}, by_distance={net.by_distance} and "
+            f'norm={net.norm!r}; a BERT has neither of the first and norm="post"'
         )
     config: dict[str, Any] = {theirs: getattr(net, ours) for ours, theirs in _FIELDS.items()}
     config |= {**_FIXED, "architectures": ["BertForMaskedLM"], "model_type": "bert"}

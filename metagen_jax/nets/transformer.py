@@ -9,7 +9,8 @@ counts its positions from 0.
 Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin: Attention Is All You Need,
 2017. Devlin, Chang, Lee, Toutanova: BERT: Pre-training of Deep Bidirectional Transformers for
 Language Understanding, 2019. Xiong et al.: On Layer Normalization in the Transformer Architecture,
-2020.
+2020. Press, Smith, Lewis: Train Short, Test Long: Attention with Linear Biases Enables Input Length
+Extrapolation, 2022.
 """
 
 import functools
@@ -32,17 +33,21 @@ def attend(
     keys: Float[Array, "*batch k heads d"],
     values: Float[Array, "*batch k heads d"],
     mask: Bool[Array, "*#batch q k"],
+    bias: Float[Array, "heads q k"] | None = None,
 ) -> Float[Array, "*batch q heads d"]:
-    """`softmax(Q K^T / sqrt(d)) V` over what the mask allows; zeros where it allows nothing.
+    """`softmax(Q K^T / sqrt(d) + b) V` over what the mask allows; zeros where it allows nothing.
 
-    Equation 1 of Vaswani et al. 2017.
+    Equation 1 of Vaswani et al. 2017, with the bias of Press et al. 2022.
 
     Args:
       queries: `(*batch, q, heads, d)`.
       keys, values: `(*batch, k, heads, d)`.
       mask: `(*batch, q, k)`, which query sees which key.
+      bias: `(heads, q, k)`, zeros by default; minus infinity for what a head does not see, of what
+        the mask allows a query not all.
     """
     scores = jnp.einsum("...qhd,...khd->...hqk", queries, keys) / queries.shape[-1] ** 0.5
+    scores = scores if bias is None else scores + bias.astype(scores.dtype)
     seen = mask[..., None, :, :]
     # A row of nothing but minus infinity would have no softmax, and no gradient either.
     scores = jnp.where(seen, scores, jnp.finfo(scores.dtype).min)
@@ -60,6 +65,28 @@ def document_mask(documents: Int[Array, "*batch t"], *, causal: bool) -> Bool[Ar
     mask = documents[..., :, None] == documents[..., None, :]
     mask &= (documents != 0)[..., None]
     return jnp.tril(mask) if causal else mask
+
+
+def distance_bias(
+    num_heads: int, queries: Int[Array, " q"], keys: Int[Array, " k"], *, causal: bool
+) -> Float[Array, "heads q k"]:
+    """`-8^-i |q - k|`, so that heads see the nearer the more; minus infinity on their other side.
+
+    `i` is 0, 1, ... over the heads that look back, and again over those that look ahead, half of
+    all where a net is not causal. All see the token itself. After section 3 of Press et al. 2022,
+    whose slopes are gentler and whose nets are causal.
+
+    Args:
+      num_heads: even, unless causal.
+      queries, keys: places in the row.
+      causal: whether all heads look back.
+    """
+    gap = queries[:, None] - keys
+    backward = num_heads if causal else num_heads // 2
+    slopes = 8.0 ** -jnp.arange(backward)
+    falling = -slopes[:, None, None] * jnp.abs(gap)
+    back, ahead = (jnp.where(side, falling, -jnp.inf) for side in (gap >= 0, gap <= 0))
+    return back if causal else jnp.concatenate([back, ahead])
 
 
 def positions_within(documents: Int[Array, "*batch t"]) -> Int[Array, "*batch t"]:
@@ -94,6 +121,7 @@ class Block(nn.Module):
         self,
         x: Float[Array, "*batch t width"],
         mask: Bool[Array, "*#batch t seen"],
+        bias: Float[Array, "heads t seen"] | None = None,
         cache: tuple[Array, Array] | None = None,
         index: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "*batch t width"], tuple[Array, Array]]:
@@ -115,7 +143,7 @@ class Block(nn.Module):
             put = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=-3)
             new = [put(old, entry, index) for old, entry in zip(cache, new, strict=True)]
         keys, values = new
-        attended = attend(query, keys, values, mask)
+        attended = attend(query, keys, values, mask, bias)
         x = x + nn.Dense(width, name="out")(attended.reshape(x.shape))
         x = x if pre else attention_norm(x)
         hidden = nn.Dense(self.hidden_width, name="dense0")(dense_norm(x) if pre else x)
@@ -140,6 +168,8 @@ class Transformer(nn.Module):
       norm: "pre" normalises what goes into each part of a block, and what comes out of the last
         one; "post" the embeddings and what comes out of each part, as BERT does. The first learns
         at high rates without a warm-up (Xiong et al. 2020).
+      by_distance: whether what is near is seen the more from the start, by `distance_bias`: a net
+        of little text learns sooner what neighbours tell. A BERT has none.
       num_types: kinds of tokens, such as those of a first and a second sentence.
       begin: the token that stands before the first one of a document for `predict_next`.
       epsilon: added to variances.
@@ -153,6 +183,7 @@ class Transformer(nn.Module):
     hidden_width: int = 512
     causal: bool = False
     norm: Literal["pre", "post"] = "pre"
+    by_distance: bool = False
     num_types: int = 1
     begin: int = 0
     epsilon: float = 1e-6
@@ -182,6 +213,11 @@ class Transformer(nn.Module):
         if self.width % self.num_heads:
             raise UserError(
                 f"width is {self.width} for {self.num_heads} heads; give a multiple of num_heads"
+            )
+        if self.by_distance and not self.causal and self.num_heads % 2:
+            raise UserError(
+                f"num_heads is {self.num_heads}; by_distance half of the heads look back and half "
+                "ahead: give an even number"
             )
         if self.norm not in ("pre", "post"):
             raise UserError(f'norm is {self.norm!r}; give "pre" or "post"')
@@ -233,9 +269,16 @@ class Transformer(nn.Module):
         types = jnp.zeros_like(tokens) if types is None else jnp.asarray(types)
         x = self._embed(tokens, positions_within(documents), types)
         mask = document_mask(documents, causal=self.causal)
+        place = jnp.arange(tokens.shape[-1])
+        bias = self._bias(place, place)
         for block in self.blocks:
-            x, _ = block(x, mask)
+            x, _ = block(x, mask, bias)
         return self.outer_norm(x) if self.norm == "pre" else x
+
+    def _bias(self, queries: Array, keys: Array) -> Array | None:
+        if not self.by_distance:
+            return None
+        return distance_bias(self.num_heads, queries, keys, causal=self.causal)
 
     def _embed(self, tokens: Array, positions: Array, types: Array) -> Array:
         # What lies beyond a table would be NaN; rows of padding may be longer than it.
@@ -296,9 +339,10 @@ class Transformer(nn.Module):
         self._check_causal()
         token = jnp.where(index > 0, previous, self.begin)[None]
         x = self._embed(token, index[None], jnp.zeros_like(token))
-        mask = (jnp.arange(self.max_length) <= index)[None]
+        place = jnp.arange(self.max_length)
+        mask, bias = (place <= index)[None], self._bias(index[None], place)
         kept = []
         for block, old in zip(self.blocks, cache, strict=True):
-            x, new = block(x, mask, old, index)
+            x, new = block(x, mask, bias, old, index)
             kept.append(new)
         return kept, self.logits(self.outer_norm(x) if self.norm == "pre" else x)[0]

@@ -145,6 +145,7 @@ def test_says_what_is_wrong_with_files(tmp_path, tensors):
 
 
 def test_only_a_bert_is_saved_as_one(tmp_path):
-    net = Transformer(5, 6, norm="post", causal=True)
-    with pytest.raises(UserError, match="causal=True and norm='post'"):
-        save_bert(tmp_path, net, {})
+    for settings in ({"causal": True}, {"by_distance": True}, {"norm": "pre"}):
+        net = Transformer(5, 6, **{"norm": "post", **settings})
+        with pytest.raises(UserError, match=r"the net has causal=.*; a BERT has neither"):
+            save_bert(tmp_path, net, {})

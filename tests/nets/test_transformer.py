@@ -16,6 +16,9 @@ from metagen_jax.nets.transformer import Transformer, attend, begins, positions_
 PRE = Transformer(9, 12, width=6, depth=2, num_heads=3, hidden_width=5, num_types=2)
 POST = PRE.clone(norm="post")
 CAUSAL = PRE.clone(causal=True, begin=8)
+# One head a side, of three features each.
+NEAR = PRE.clone(num_heads=2, by_distance=True)
+NEAR_CAUSAL = CAUSAL.clone(by_distance=True)
 TOKENS = np.random.default_rng(0).integers(0, 8, (2, 10))
 # The second row begins with padding, and ends with it.
 DOCUMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 2, 3, 0], [0, 4, 4, 4, 4, 4, 5, 5, 0, 0]])
@@ -26,6 +29,16 @@ TYPES = np.random.default_rng(1).integers(0, 2, (2, 10))
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+def slope(net, head, gap):
+    """How much less a head sees for each token farther away."""
+    if net.causal:
+        return -(8.0**-head)
+    back, ahead = range(net.num_heads // 2), range(net.num_heads // 2, net.num_heads)
+    if (gap < 0 and head in back) or (gap > 0 and head in ahead):
+        return -np.inf
+    return -(8.0 ** -(head % (net.num_heads // 2)))
 
 
 def by_loop(net, params, tokens, types):
@@ -57,7 +70,10 @@ def by_loop(net, params, tokens, types):
             for head in range(net.num_heads):
                 part = slice(head * size, (head + 1) * size)
                 scores = dense("key", seen, p)[:, part] @ dense("query", before[t], p)[part]
-                weights = scipy.special.softmax(scores / np.sqrt(size))
+                scores = scores / np.sqrt(size)
+                if net.by_distance:
+                    scores += [slope(net, head, t - s) * abs(t - s) for s in range(len(seen))]
+                weights = scipy.special.softmax(scores)
                 attended[t, part] = weights @ dense("value", seen, p)[:, part]
         x = x + dense("out", attended, p)
         x = norm("attention_norm", x, p) if net.norm == "post" else x
@@ -68,7 +84,7 @@ def by_loop(net, params, tokens, types):
     return norm("head_norm", gelu(dense("head_dense", x))) @ words.T + params["head_bias"]
 
 
-@pytest.mark.parametrize("net", [PRE, POST, CAUSAL], ids=["pre", "post", "causal"])
+@pytest.mark.parametrize("net", [PRE, POST, CAUSAL, NEAR, NEAR.clone(num_heads=6), NEAR_CAUSAL])
 def test_documents_packed_into_rows_have_the_logits_of_a_loop_over_each_alone(net):
     params = random_params(net, TOKENS)
     logits = jax.jit(net.apply)(params, TOKENS, DOCUMENTS, TYPES)
@@ -87,7 +103,7 @@ def test_positions_count_from_the_first_token_of_each_document():
     np.testing.assert_array_equal(begins(documents), np.array(expected) == 0)
 
 
-@pytest.mark.parametrize("net", [PRE, CAUSAL], ids=["both sides", "causal"])
+@pytest.mark.parametrize("net", [PRE, CAUSAL, NEAR])
 def test_a_token_sees_its_own_document_and_padding_sees_and_is_seen_by_nothing(net):
     """By the Jacobian with respect to what each token adds to the embeddings."""
     params = random_params(net, TOKENS)
@@ -124,7 +140,7 @@ def test_the_next_token_is_predicted_from_those_before_it_in_its_document():
         np.testing.assert_allclose(predict(tokens), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("net", [CAUSAL, CAUSAL.clone(norm="post")], ids=["pre", "post"])
+@pytest.mark.parametrize("net", [CAUSAL, CAUSAL.clone(norm="post"), NEAR_CAUSAL])
 def test_one_token_at_a_time_gives_the_logits_of_all_at_once(net):
     params = random_params(net, TOKENS)
     tokens = np.random.default_rng(3).integers(0, 8, net.max_length)
@@ -167,6 +183,11 @@ def test_values_and_gradients_are_finite_at_extremes_in_float32():
         both = jax.jit(jax.value_and_grad(lambda p: PRE.apply(p, TOKENS, padding).sum()))
         for x in jax.tree.leaves(both(params)):
             assert np.isfinite(x).all()
+        params = jax.jit(NEAR.init)(jax.random.key(0), TOKENS)
+        for documents in (padding, DOCUMENTS):
+            slopes = jax.grad(lambda p, d=documents: NEAR.apply(p, TOKENS, d).sum())(params)
+            for x in jax.tree.leaves(slopes):
+                assert np.isfinite(x).all()
 
 
 def test_padding_beyond_the_longest_document_is_harmless():
@@ -183,6 +204,7 @@ def test_says_what_is_needed():
     key = jax.random.key(0)
     for settings, message in (
         ({"num_heads": 4}, "width is 6 for 4 heads; give a multiple of num_heads"),
+        ({"by_distance": True}, "num_heads is 3; by_distance half of the heads look back"),
         ({"begin": 9}, "begin is 9; give a token, 0 to 8, that no document has"),
     ):
         with pytest.raises(UserError, match=message):
