@@ -77,7 +77,7 @@ def _draw_films(
         path,
         title="Films of the test, and what the net makes of them",
         row_labels=["as it is", "next frame", "all that follow"] * len(films),
-        note=f"The first {num_seen - first} frames of each row were seen.",
+        note=f"The first {num_seen - first} frames of each row are the last ones that were seen.",
     )
 
 
