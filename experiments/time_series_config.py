@@ -82,15 +82,7 @@ PRESETS = {
     ),
     "ucr": Config(datasets=UCR),
     "tones": Config(datasets=("tones",), num_steps=8, crop=0.25, steps=500),
-    "digits": Config(
-        datasets=("free_spoken_digit",),
-        num_features=128,
-        num_context=128,
-        num_steps=12,
-        crop=0.5,
-        steps=4000,
-        rate=5e-4,
-    ),
+    "digits": Config(datasets=("free_spoken_digit",), num_steps=8, crop=0.4, steps=2000, rate=2e-3),
 }
 PRESETS["new-speakers"] = replace(PRESETS["digits"], held_out=("nicolas", "theo", "yweweler"))
 
