@@ -40,7 +40,7 @@ from metagen_jax.self_supervised.temporal import (
     roll_out,
 )
 from metagen_jax.training import FitResult, fit, init_state, train_step
-from metagen_jax.types import AnyArray, Params, PRNGKey
+from metagen_jax.types import AnyArray, LossFn, Params, PRNGKey
 
 # Of the films of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002
@@ -237,16 +237,21 @@ def measure(predict: PredictNext, params: Params, films: Films, *, num_seen: int
     return Errors(*map(np.asarray, errors))
 
 
+def _loss(config: Config, predict: PredictNext) -> LossFn:
+    if config.loss == "next_frame":
+        return next_frame_loss(predict)
+    # Frames before those that the net sees at once would only be computed.
+    past = min(config.num_past, config.num_seen)
+    of_past = future_prediction_loss(predict, num_seen=past)
+    return lambda params, films, key: of_past(params, films[:, config.num_seen - past :], key)
+
+
 def train(config: Config, net: NextFrame, splits: Splits) -> FitResult:
     """Trains the net; the parameters that validate best are the result."""
     make = functools.partial(draw_films, config=config)
     val = make(jax.random.key(VALIDATION_SEED), jnp.asarray(splits.val), num_films=NUM_VALIDATION)
 
-    predict = predict_by(net)
-    if config.loss == "future":
-        loss_fn = future_prediction_loss(predict, num_seen=config.num_seen)
-    else:
-        loss_fn = next_frame_loss(predict)
+    loss_fn = _loss(config, predict_by(net))
     # Films closed over would be constants, of which the compiler works out what it can.
     validate = jax.jit(lambda params, films: loss_fn(params, films, jax.random.key(0))[0])
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
