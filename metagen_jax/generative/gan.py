@@ -45,6 +45,9 @@ ScoreOne = Callable[[PyTree], Float[Array, ""]]
 Penalty = Callable[[ScoreOne, Any, Any, PRNGKey], Float[Array, ""]]
 """`penalty(score, real, fake, key) -> scalar`, of ONE real example and ONE fake, weighted."""
 
+Beside = Callable[[Batch, Batch], tuple[Float[Array, ""], Metrics]]
+"""`beside(real, fake) -> (loss, metrics)`, of whole batches."""
+
 
 class GANParams(NamedTuple):
     """What a GAN trains, and what follows it.
@@ -101,7 +104,12 @@ HINGE = ScoreLosses(
 
 
 def gan_gradients(
-    generate: Generate, score: Score, *, losses: ScoreLosses, penalty: Penalty | None = None
+    generate: Generate,
+    score: Score,
+    *,
+    losses: ScoreLosses,
+    penalty: Penalty | None = None,
+    beside: Beside | None = None,
 ) -> GradFn:
     """The field of a GAN: each player's gradient of its own loss, at the same fakes.
 
@@ -121,13 +129,15 @@ def gan_gradients(
         `lambda score, real, fake, key: 10 * gradient_penalty(score, real, fake,
         jax.random.uniform(key))` or `lambda score, real, fake, key: 0.1 * r1_penalty(score, real)`.
         A penalised discriminator must score each example by itself.
+      beside: what the generator loses besides, such as an error where what it should make is known.
 
     Returns:
       A `GradFn` of `GANParams` over batches of `N` examples, any pytree with leading axis `N`,
       zero for `average`. Its key may be one key, of which example `n` gets `fold_in(key, n)`, or
-      `N` keys, as `data_parallel` gives them. Metrics: `generator_loss`, `discriminator_loss`
-      (with `penalty`, which is also shown alone if there is one), and the mean `real_score` and
-      `fake_score`. It raises a UserError for scores of another shape than `(n,)`.
+      `N` keys, as `data_parallel` gives them. Metrics: `generator_loss` (with what is lost besides,
+      whose own metrics are shown too), `discriminator_loss` (with `penalty`, which is also shown
+      alone if there is one), and the mean `real_score` and `fake_score`. It raises a UserError for
+      scores of another shape than `(n,)`.
     """
 
     def scores(discriminator: Params, batch: Batch) -> Float[Array, " n"]:
@@ -156,7 +166,11 @@ def gan_gradients(
 
         def generator_loss(generator: Params, batch: Batch, keys) -> tuple[Array, Metrics]:
             fakes = generate(generator, batch, keys)
-            return losses.generator(scores(params.discriminator, fakes)).mean(), {}
+            loss = losses.generator(scores(params.discriminator, fakes)).mean()
+            if beside is None:
+                return loss, {}
+            other, metrics = beside(batch, fakes)
+            return loss + other, metrics
 
         of_generator, generator_metrics = gradients(generator_loss)(
             params.generator, batch, latent_keys
@@ -170,7 +184,8 @@ def gan_gradients(
             of_generator, of_discriminator, jax.tree.map(jnp.zeros_like, params.average)
         )
         return direction, {
-            "generator_loss": generator_metrics["loss"],
+            "generator_loss": generator_metrics.pop("loss"),
+            **generator_metrics,
             "discriminator_loss": metrics.pop("loss"),
             **metrics,
         }

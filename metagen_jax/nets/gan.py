@@ -18,13 +18,14 @@ _NUM_GROUPS = 8
 class Generator(nn.Module):
     """Images in (-1, 1) of latent vectors: a linear map to a quarter of the size, twice enlarged.
 
-    Each step enlarges by repetition and convolves, which leaves no chequered pattern. Norms are
-    over groups of channels of one image, so that each image depends on its own vector alone.
+    A map of a quarter of the size, such as an encoder's, may stand in place of a vector. Each step
+    enlarges by repetition and convolves, which leaves no chequered pattern. Norms are over groups
+    of channels of one image, so that each image depends on its own vector alone.
 
     Attributes:
       image_shape: height, width and channels.
       num_filters: channels before the last convolution, a multiple of 8; 4 and 2 times as many
-        before.
+        before. A map has any multiple of 8.
       num_classes: None for no labels; otherwise an embedding of the class is added to the vector.
     """
 
@@ -35,13 +36,18 @@ class Generator(nn.Module):
     @nn.compact
     def __call__(
         self,
-        latents: Float[AnyArray, "n latents"],
+        latents: Float[AnyArray, "n *positions latents"],
         labels: Int[AnyArray, " n"] | None = None,
     ) -> Float[Array, "n h w c"]:
         """Images `(n, *image_shape)` of vectors, most often standard normal, and labels.
 
+        Args:
+          latents: `(n, latents)`, or maps `(n, ceil(height / 4), ceil(width / 4), filters)`.
+          labels: `(n,)`.
+
         Raises:
-          UserError: if the groups don't divide the filters, or labels are missing or not asked for.
+          UserError: if the groups don't divide the filters, maps have another size, or labels are
+            missing or not asked for.
         """
         if self.num_filters % _NUM_GROUPS:
             raise UserError(
@@ -55,8 +61,14 @@ class Generator(nn.Module):
         if labels is not None:
             x = x + nn.Embed(self.num_classes or 1, x.shape[-1], name="classes")(labels)
         filters = [4 * self.num_filters, 2 * self.num_filters, self.num_filters]
-        x = nn.Dense(sizes[0][0] * sizes[0][1] * filters[0], name="from_latents")(x)
-        x = x.reshape(-1, *sizes[0], filters[0])
+        if x.ndim == 2:
+            x = nn.Dense(sizes[0][0] * sizes[0][1] * filters[0], name="from_latents")(x)
+            x = x.reshape(-1, *sizes[0], filters[0])
+        if x.shape[1:3] != sizes[0]:
+            raise UserError(
+                f"latents have shape {x.shape}; give vectors, or maps (n, {sizes[0][0]}, "
+                f"{sizes[0][1]}, filters)"
+            )
         for i, (rows, columns) in enumerate(sizes[1:], start=1):
             x = nn.relu(nn.GroupNorm(_NUM_GROUPS, name=f"norm{i}")(x))
             x = x.repeat(2, axis=1).repeat(2, axis=2)[:, :rows, :columns]

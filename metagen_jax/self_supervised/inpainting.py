@@ -7,6 +7,7 @@ Pathak, Krahenbuhl, Donahue, Darrell, Efros: Context Encoders: Feature Learning 
 He, Chen, Xie, Li, Dollar, Girshick: Masked Autoencoders Are Scalable Vision Learners, 2022.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +16,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from metagen_jax.errors import UserError
-from metagen_jax.generative.gan import GANParams, Penalty, Score, ScoreLosses, gan_gradients
-from metagen_jax.gradients import gradients, task_keys
+from metagen_jax.generative.gan import (
+    GANParams,
+    Penalty,
+    Score,
+    ScoreLosses,
+    ScoreOne,
+    gan_gradients,
+)
+from metagen_jax.gradients import task_keys
 from metagen_jax.types import Batch, GradFn, LossFn, Metrics, Params, PRNGKey
 
 Hide = Callable[[PRNGKey], Array]
@@ -109,31 +117,45 @@ def inpainting_gradients(
 
     Returns:
       A `GradFn` of `GANParams` over batches of images `(n, h, w, c)`; metrics those of
-      `gan_gradients`, and `reconstruction_loss`.
+      `gan_gradients`, `generator_loss` being the whole one, and `reconstruction_loss`.
+
+    Raises:
+      UserError: for an `adversarial_weight` that is not in [0, 1].
     """
+    if not 0 <= adversarial_weight <= 1:
+        raise UserError(f"adversarial_weight is {adversarial_weight}; give 0 to 1, such as 0.001")
 
-    def generate(params: Params, batch: Batch, keys: Key[Array, " n"]) -> Array:
-        hidden = _hidden(keys, batch, hide)
-        filled = fill(params, with_hole(batch, hidden))
-        return jnp.where(hidden[..., None], filled, batch)
+    def generate(params: Params, batch: Batch, keys: Key[Array, " n"]) -> Batch:
+        del keys
+        images, hidden = batch
+        filled = fill(params, with_hole(images, hidden))
+        return jnp.where(hidden[..., None], filled, images), hidden
 
-    # Holes of both terms are the same: both draw them from the first half of an image's key.
-    adversarial = gan_gradients(generate, score, losses=losses, penalty=penalty)
-    reconstruction = gradients(inpainting_loss(fill, hide))
+    def error(real: Batch, fake: Batch) -> tuple[Array, Metrics]:
+        (images, hidden), (filled, _) = real, fake
+        value = _hidden_error(filled, images, hidden)
+        return (1 - adversarial_weight) * value, {"reconstruction_loss": value}
+
+    def penalty_of_image(score_one: ScoreOne, real: Batch, fake: Batch, key: PRNGKey) -> Array:
+        assert penalty is not None
+        return penalty(lambda image: score_one((image, real[1])), real[0], fake[0], key)
+
+    adversarial = gan_gradients(
+        generate,
+        lambda params, batch: score(params, batch[0]),
+        losses=dataclasses.replace(
+            losses, generator=lambda scores: adversarial_weight * losses.generator(scores)
+        ),
+        penalty=None if penalty is None else penalty_of_image,
+        beside=error,
+    )
 
     def grad_fn(
         params: GANParams, batch: Batch, key: Key[Array, "..."]
     ) -> tuple[GANParams, Metrics]:
         keys = task_keys(key, len(batch)) if key.ndim == 0 else key
-        field, metrics = adversarial(params, batch, keys)
-        hole_keys = jax.vmap(jax.random.split, out_axes=1)(keys)[0]
-        of_error, errors = reconstruction(params.generator, batch, hole_keys)
-        weight = adversarial_weight
-        generator = jax.tree.map(
-            lambda a, b: (1 - weight) * a + weight * b, of_error, field.generator
-        )
-        metrics = {**metrics, "reconstruction_loss": errors["loss"]}
-        return field._replace(generator=generator), metrics
+        hole_keys, keys = jax.vmap(jax.random.split, out_axes=1)(keys)
+        return adversarial(params, (batch, _hidden(hole_keys, batch, hide)), keys)
 
     return grad_fn
 

@@ -68,6 +68,22 @@ def test_sizes_are_those_of_mnist_and_cifar():
         assert images.shape == (2, *shape)
 
 
+def test_a_map_in_place_of_a_vector_is_enlarged_where_it_is():
+    """What differs in one corner of the map differs there alone, but for the norms."""
+    net = Generator((16, 16, 3), num_filters=8)
+    maps = jax.random.normal(KEY, (2, 4, 4, 24))
+    params = jax.jit(net.init)(KEY, maps)
+    assert "from_latents" not in params["params"]
+    # A vector's pixels are spread over the whole; a permuted map's are permuted.
+    flipped = net.apply(params, maps[:, ::-1])
+    kernels = jax.tree_util.tree_map_with_path(
+        lambda path, x: x[::-1] if x.ndim == 4 else x, params
+    )
+    np.testing.assert_allclose(net.apply(kernels, maps)[:, ::-1], flipped, atol=1e-4)
+    with pytest.raises(UserError, match=r"give vectors, or maps \(n, 4, 4, filters\)"):
+        net.init(KEY, maps[:, :3])
+
+
 @pytest.mark.slow
 def test_field_with_a_penalty_over_tasks_of_parameters_equals_a_loop():
     """The convolutions under vmap over examples, within one over tasks."""

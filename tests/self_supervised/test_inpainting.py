@@ -99,8 +99,34 @@ def test_the_field_is_each_players_gradient_of_its_own_loss_at_the_same_holes():
         chex.assert_trees_all_close(field, expected, rtol=1e-9)
         error = jnp.square(filled(params.generator) - images).sum() / (8 * 6 * 2)
         np.testing.assert_allclose(metrics["reconstruction_loss"], error, rtol=1e-10)
+        whole = generator_loss(params.generator)
+        np.testing.assert_allclose(metrics["generator_loss"], whole, rtol=1e-10)
         many = data_parallel(grad_fn, devices=jax.devices("cpu")[:8])
         chex.assert_trees_all_close(many(params, images, KEY)[0], field, atol=1e-12)
+
+
+def test_a_penalty_is_of_images_filled_and_whole():
+    with jax.enable_x64(True):
+        params, images = example()
+
+        def penalty(score_one, real, fake, key):
+            return 2 * score_one(real) - jnp.square(real - fake).sum()
+
+        def discriminator(penalty):
+            grad_fn = inpainting_gradients(
+                fill, score, hide, losses=NON_SATURATING, adversarial_weight=0.3, penalty=penalty
+            )
+            return grad_fn(params, images, KEY)
+
+        field, metrics = discriminator(penalty)
+        without, _ = discriminator(None)
+        errors = 6 * 2 * metrics["reconstruction_loss"]
+        scores = score(params.discriminator, images).mean()
+        np.testing.assert_allclose(metrics["penalty"], 2 * scores - errors, rtol=1e-10)
+        slope = jax.grad(lambda d: 2 * score(d, images).mean())(params.discriminator)
+        chex.assert_trees_all_close(
+            field.discriminator, jax.tree.map(jnp.add, without.discriminator, slope), rtol=1e-9
+        )
 
 
 def test_patches_are_split_at_random_without_one_in_both():
@@ -149,6 +175,11 @@ def test_flat_patches_and_bad_settings(ill_typed):
     chex.assert_tree_all_finite(jax.value_and_grad(loss)(jnp.array(0.5)))
     with pytest.raises(UserError, match="shown_share is 1"):
         masked_autoencoder_loss(fill, lambda x: x, shown_share=1)
+    for weight in (-0.1, 1.1):
+        with pytest.raises(UserError, match=r"adversarial_weight is .*; give 0 to 1"):
+            inpainting_gradients(
+                fill, score, hide, losses=NON_SATURATING, adversarial_weight=weight
+            )
     params, images = example(jnp.float32)
     with pytest.raises(UserError, match=r"filled pictures have shape \(8, 4, 5, 3\)"):
         inpainting_loss(lambda p, x: x, hide)(params.generator, images, KEY)
