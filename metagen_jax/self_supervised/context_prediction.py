@@ -52,8 +52,13 @@ def sample_patch_pair(
       jitter: in pixels.
 
     Raises:
-      UserError: the picture is too small.
+      UserError: the picture is too small, or a length is negative.
     """
+    if patch_size < 1 or min(gap, jitter) < 0:
+        raise UserError(
+            f"patch_size is {patch_size}, gap {gap} and jitter {jitter}; give a patch 1 pixel or "
+            "more, and no negative gap or jitter"
+        )
     need = 3 * patch_size + 2 * gap + 2 * jitter
     if min(image.shape[:2]) < need:
         raise UserError(
@@ -75,7 +80,9 @@ def sample_patch_pair(
     return PatchPair(cut(corner), cut(neighbour), direction)
 
 
-def drop_colours(key: PRNGKey, patch: Float[Array, "p p c"]) -> Float[Array, "p p c"]:
+def drop_colours(
+    key: PRNGKey, patch: Float[Array, "p p c"], *, probability: float = 1.0
+) -> Float[Array, "p p c"]:
     """Leaves one channel, any, and noise of a hundredth of its deviation in the others.
 
     Section 3.1 of Doersch et al. 2015. Pictures are to be centred: the noise has mean zero.
@@ -83,11 +90,15 @@ def drop_colours(key: PRNGKey, patch: Float[Array, "p p c"]) -> Float[Array, "p 
     Args:
       key: a typed key.
       patch: `(p, p, c)`.
+      probability: that colours are dropped at all. A net that never sees any is blind to them;
+        one that always may see them can take the shortcut.
     """
+    key, chosen_key = jax.random.split(key)
     channel_key, noise_key = jax.random.split(key)
     kept = jax.random.randint(channel_key, (), 0, patch.shape[-1])
     noise = 0.01 * patch[..., kept].std() * jax.random.normal(noise_key, patch.shape, patch.dtype)
-    return jnp.where(jnp.arange(patch.shape[-1]) == kept, patch, noise)
+    whole = ~jax.random.bernoulli(chosen_key, probability)
+    return jnp.where(whole | (jnp.arange(patch.shape[-1]) == kept), patch, noise)
 
 
 def sample_patch_pairs(

@@ -107,7 +107,7 @@ def info_nce(
 
     `l_i = -log (exp(q_i . c_i / t) / sum_k exp(q_i . c_k / t))`: equation 4 of van den Oord et al.
     2018. `ln m - mean_i l_i` is a lower bound, never above `ln m`, of the mutual information of
-    queries and candidates (their equation 5). Products are taken as they are; for cosines give
+    queries and candidates (their section 2.3). Products are taken as they are; for cosines give
     `metagen_jax.similarity.unit_rows` of both.
 
     Args:

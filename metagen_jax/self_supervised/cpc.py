@@ -61,6 +61,7 @@ def cpc_loss(
     patch_size: int,
     stride: int,
     num_steps: int,
+    first_step: int = 1,
     augment: Augment | None = None,
     axis_name: str | None = None,
     block_size: int | None = None,
@@ -68,8 +69,8 @@ def cpc_loss(
     """The mean of `info_nce` over steps, of predictions among the patches of all images.
 
     Step `k` predicts the embedding of the patch `k` rows below the context, in the same column, and
-    is to find it, by the inner product, among the patches of the same rows of all images: equation
-    4 and section 3.3 of van den Oord et al. 2018.
+    is to find it, by the inner product, among all patches of all images but those of the first `k`
+    rows, which nothing predicts: equation 4 and section 3.2 of van den Oord et al. 2018.
 
     Args:
       embed: `(params, patches (m, p, p, c)) -> (m, features)`.
@@ -77,7 +78,9 @@ def cpc_loss(
       predict: predicts what is below.
       patch_size: in pixels.
       stride: pixels from one patch to the next.
-      num_steps: k = 1..num_steps; published: up to 5 of 7 rows.
+      num_steps: how many steps are predicted; published: up to 5 of 7 rows.
+      first_step: the first of them. Where patches overlap, the first that shares no pixel with the
+        context's own row, 2 for half a patch from one to the next, leaves nothing to copy.
       augment: changes a patch, each by itself, so that overlapping pixels don't tell; None leaves
         them.
       axis_name: of the devices whose patches are candidates too.
@@ -92,9 +95,11 @@ def cpc_loss(
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
         patches = patch_grid(batch, patch_size=patch_size, stride=stride)
         num, rows, columns = patches.shape[:3]
-        if not 1 <= num_steps < rows:
+        last_step = first_step + num_steps - 1
+        if num_steps < 1 or first_step < 1 or last_step >= rows:
             raise UserError(
-                f"num_steps is {num_steps} for {rows} rows of patches; give 1 to {rows - 1}"
+                f"num_steps is {num_steps} and first_step {first_step} for {rows} rows of patches; "
+                f"give 1 or more of each, and a last step of at most {rows - 1}"
             )
         flat = patches.reshape(num, rows * columns, *patches.shape[3:])
         if augment is not None:
@@ -115,12 +120,12 @@ def cpc_loss(
         predictions = predictions.reshape(num, rows, columns, num_steps, -1)
         losses = [
             info_nce(
-                predictions[:, :-step, :, step - 1].reshape(-1, z.shape[-1]),
+                predictions[:, :-step, :, step - first_step].reshape(-1, z.shape[-1]),
                 z[:, step:].reshape(-1, z.shape[-1]),
                 axis_name=axis_name,
                 block_size=block_size,
             ).mean()
-            for step in range(1, num_steps + 1)
+            for step in range(first_step, last_step + 1)
         ]
         return jnp.stack(losses).mean(), {"last_step": losses[-1]}
 

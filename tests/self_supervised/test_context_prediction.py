@@ -83,6 +83,10 @@ def test_one_channel_of_a_patch_is_left_and_the_others_are_faint_noise():
     assert np.abs(kept.mean(0) - 1 / 3).max() < 4 * np.sqrt(2 / 9 / 600)
     others = dropped[0][..., ~kept[0]]
     np.testing.assert_allclose(others.std(), 0.05, rtol=0.15)
+    sometimes = functools.partial(drop_colours, probability=0.3)
+    seen = jax.vmap(sometimes, (0, None))(jax.random.split(KEY, 600), patch)
+    whole = (seen == patch).all((1, 2, 3)).mean()
+    assert np.abs(whole - 0.7) < 4 * np.sqrt(0.3 * 0.7 / 600)
 
 
 def test_the_loss_of_a_classifier_that_knows_and_of_one_that_does_not():
@@ -206,5 +210,8 @@ def test_what_can_not_be_done_is_refused(ill_typed):
     params, images = adjacent_example()
     with pytest.raises(UserError, match=r"16x18 pixels; patches of 5 .* need 19 a side"):
         sample_patch_pair(KEY, images[0], patch_size=5, gap=1, jitter=1)
+    for changes in ({"gap": -1}, {"jitter": -1}, {"patch_size": 0}):
+        with pytest.raises(UserError, match="no negative gap or jitter"):
+            sample_patch_pair(KEY, images[0], **{**SIZES, **changes})
     with pytest.raises(UserError, match="one number for each pixel"):
         adjacent_pixels_loss(embed, lambda p, x: x, **SIZES)(params, images, KEY)

@@ -65,6 +65,12 @@ def test_the_loss_equals_a_loop_over_steps_contexts_and_candidates():
     loss, metrics = cpc_loss(embed, contextualise, predict, **SIZES)(params, images, KEY)
     np.testing.assert_allclose(loss, np.mean(steps), rtol=1e-4)
     np.testing.assert_allclose(metrics["last_step"], steps[1], rtol=1e-4)
+    # Only the second step, by the predictions that were made for it.
+    sizes = {**SIZES, "num_steps": 1, "first_step": 2}
+    loss, _ = cpc_loss(embed, contextualise, lambda params, c: predict(params, c)[:, 1:], **sizes)(
+        params, images, KEY
+    )
+    np.testing.assert_allclose(loss, steps[1], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -95,8 +101,8 @@ def test_on_eight_devices_it_is_the_same_and_every_patch_is_changed_by_itself():
 
 def test_what_can_not_be_done_is_refused(ill_typed):
     params, images = example()
-    sizes = {**SIZES, "num_steps": 4}
-    with pytest.raises(UserError, match="num_steps is 4 for 4 rows of patches; give 1 to 3"):
-        cpc_loss(embed, contextualise, predict, **sizes)(params, images, KEY)
+    for changes in ({"num_steps": 4}, {"first_step": 3}, {"first_step": 0}):
+        with pytest.raises(UserError, match=r"for 4 rows of patches; give .* at most 3"):
+            cpc_loss(embed, contextualise, predict, **{**SIZES, **changes})(params, images, KEY)
     with pytest.raises(UserError, match="2 vectors like the embeddings"):
         cpc_loss(embed, contextualise, lambda p, x: x, **SIZES)(params, images, KEY)
