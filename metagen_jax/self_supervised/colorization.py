@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from metagen_jax.errors import UserError
 from metagen_jax.types import AnyArray, Batch, LossFn, Metrics, Params
@@ -97,21 +97,45 @@ def soft_encode(
       grid: from `ab_grid`.
       num_neighbours: of the colours that get any.
       sigma: of the Gaussian.
+
+    Raises:
+      UserError: there are fewer colours than neighbours.
     """
+    shares, indices = _nearest_colours(ab, grid, num_neighbours, sigma)
+    nothing = jnp.zeros((*shares.shape[:-1], len(grid)), shares.dtype)
+    return jnp.put_along_axis(nothing, indices, shares, axis=-1, inplace=False)
+
+
+def _nearest_colours(
+    ab: Float[Array, "*shape 2"],
+    grid: Float[AnyArray, "colours 2"],
+    num_neighbours: int = 5,
+    sigma: float = 5.0,
+) -> tuple[Float[Array, "*shape {num_neighbours}"], Int[Array, "*shape {num_neighbours}"]]:
+    """The probabilities of the nearest colours, the nearest first, and which these are."""
+    if not 1 <= num_neighbours <= len(grid):
+        raise UserError(
+            f"num_neighbours is {num_neighbours} of {len(grid)} colours; give 1 to {len(grid)}"
+        )
     distances = jnp.square(ab[..., None, :] - jnp.asarray(grid)).sum(-1)
     nearest, indices = jax.lax.top_k(-distances, num_neighbours)
-    shares = jax.nn.softmax(nearest / (2 * sigma**2), axis=-1)
-    one_hot = jax.nn.one_hot(indices, len(grid), dtype=shares.dtype)
-    return (shares[..., None] * one_hot).sum(-2)
+    return jax.nn.softmax(nearest / (2 * sigma**2), axis=-1), indices
 
 
 def colour_frequencies(
-    images: Float[AnyArray, "n h w 3"], grid: Float[AnyArray, "colours 2"]
+    images: Float[AnyArray, "n h w 3"], grid: Float[AnyArray, "colours 2"], *, square: int = 1
 ) -> Float[Array, " colours"]:
-    """How often each colour of the grid is the nearest one, of the pixels of images from 0 to 1."""
+    """How often each colour of the grid is the nearest one.
+
+    Args:
+      images: `(n, h, w, 3)`, from 0 to 1.
+      grid: from `ab_grid`.
+      square: side of the squares whose mean colours are counted, in pixels; as large as those of
+        the logits to be weighted.
+    """
 
     def count(image: Array) -> Array:
-        ab = rgb_to_lab(image)[..., 1:].reshape(-1, 2)
+        ab = _mean_ab(rgb_to_lab(image), square).reshape(-1, 2)
         nearest = jnp.square(ab[:, None] - jnp.asarray(grid)).sum(-1).argmin(-1)
         return jnp.zeros(len(grid)).at[nearest].add(1)
 
@@ -189,9 +213,16 @@ def colorization_loss(
                 f"logits have shape {logits.shape} for images of shape {batch.shape}; give "
                 f"(n, h / s, w / s, {len(grid)}) for an s that divides both"
             )
-        ab = lab[..., 1:].reshape(len(lab), rows, step, columns, step, 2).mean((2, 4))
-        target = soft_encode(ab, grid)
-        losses = -(target * jax.nn.log_softmax(logits)).sum(-1)
-        return (jnp.asarray(weights)[target.argmax(-1)] * losses).mean(), {}
+        shares, indices = _nearest_colours(_mean_ab(lab, step), grid)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), indices, axis=-1)
+        losses = -(shares * log_probs).sum(-1)
+        return (jnp.asarray(weights)[indices[..., 0]] * losses).mean(), {}
 
     return loss_fn
+
+
+def _mean_ab(lab: Float[Array, "*n h w 3"], square: int) -> Float[Array, "*n rows columns 2"]:
+    """Mean `a` and `b` of squares beside each other."""
+    *num, height, width, _ = lab.shape
+    rows, columns = height // square, width // square
+    return lab[..., 1:].reshape(*num, rows, square, columns, square, 2).mean((-4, -2))

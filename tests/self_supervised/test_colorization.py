@@ -63,6 +63,8 @@ def test_soft_encoding_by_hand():
     target = soft_encode(jnp.array([2.0, 1.0]), SMALL, num_neighbours=3, sigma=5.0)
     weights = np.exp(-np.array([4 + 1, 64 + 1, 4 + 81]) / 50)
     np.testing.assert_allclose(target, [*weights / weights.sum(), 0], rtol=1e-5)
+    with pytest.raises(UserError, match="num_neighbours is 5 of 4 colours; give 1 to 4"):
+        soft_encode(jnp.array([2.0, 1.0]), SMALL)
     everywhere = soft_encode(jnp.asarray(GRID), GRID)
     np.testing.assert_allclose(everywhere.sum(-1), 1, rtol=1e-5)
     np.testing.assert_array_equal(everywhere.argmax(-1), np.arange(len(GRID)))
@@ -77,6 +79,11 @@ def test_frequencies_are_counts_of_the_nearest():
     grey = np.flatnonzero((GRID == 0).all(1))[0]
     near_red = np.flatnonzero((GRID == [80, 70]).all(1))[0]
     np.testing.assert_allclose(frequencies[[grey, near_red]], [0.25, 0.75], rtol=1e-6)
+    # The first picture's only square of 2 is half grey, half red; the second's is red.
+    ab = np.asarray(rgb_to_lab(np.stack([red, np.full(3, 0.5, np.float32)])))[:, 1:].mean(0)
+    between = np.square(GRID - ab).sum(1).argmin()
+    frequencies = np.asarray(colour_frequencies(images, GRID, square=2))
+    np.testing.assert_allclose(frequencies[[between, near_red]], [0.5, 0.5], rtol=1e-6)
 
 
 def test_weights_by_hand():
