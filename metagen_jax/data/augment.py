@@ -115,7 +115,8 @@ def random_resized_crop(
     *,
     min_area: float = 0.08,
     max_log_aspect: float = 0.2876820724517809,
-) -> Num[Array, "h w c"]:
+    size: int | None = None,
+) -> Num[Array, "h2 w2 c"]:
     """A box of random size, shape and place, as large as the picture.
 
     The share `a` of the area is uniform in `[min_area, 1]`, the logarithm of `r`, height by width,
@@ -129,9 +130,10 @@ def random_resized_crop(
       image: `(h, w, c)`.
       min_area: of the box, as a share.
       max_log_aspect: by default `ln(4 / 3)`.
+      size: height and width of what comes out, in pixels; None for those of the picture.
 
     Returns:
-      `(h, w, c)`, of the dtype of `image`.
+      `(h, w, c)` or `(size, size, c)`, of the dtype of `image`.
 
     Raises:
       UserError: for a `min_area` that is not in (0, 1].
@@ -144,7 +146,7 @@ def random_resized_crop(
     sides = jnp.sqrt(area) * jnp.exp(jnp.stack([half_log, -half_log]))
     sides = jnp.minimum(sides, 1) * jnp.array(image.shape[:2])
     corner = jax.random.uniform(place_key, (2,)) * (jnp.array(image.shape[:2]) - sides)
-    return resized_crop(image, corner=corner, sides=sides)
+    return resized_crop(image, corner=corner, sides=sides, size=size)
 
 
 def resized_crop(
@@ -152,21 +154,24 @@ def resized_crop(
     *,
     corner: Float[Array, "2"] | tuple[float, float],
     sides: Float[Array, "2"] | tuple[float, float],
-) -> Num[Array, "h w c"]:
+    size: int | None = None,
+) -> Num[Array, "h2 w2 c"]:
     """A box of the picture, as large as the picture, with bilinear interpolation.
 
     Args:
       image: `(h, w, c)`.
       corner: upper and left edge of the box, in pixels from the picture's.
       sides: its height and width in pixels, at most those of the picture.
+      size: height and width of what comes out, in pixels; None for those of the picture.
 
     Returns:
-      `(h, w, c)`, of the dtype of `image`.
+      `(h, w, c)` or `(size, size, c)`, of the dtype of `image`.
     """
-    scale = jnp.array(image.shape[:2]) / jnp.asarray(sides)
+    shape = image.shape[:2] if size is None else (size, size)
+    scale = jnp.array(shape) / jnp.asarray(sides)
     values = jax.image.scale_and_translate(
         image.astype(scale.dtype),
-        image.shape,
+        (*shape, image.shape[2]),
         (0, 1),
         scale,
         -jnp.asarray(corner) * scale,

@@ -27,7 +27,7 @@ from metagen_jax.meta.metric import Embed, embed_episode
 from metagen_jax.similarity import unit_rows
 from metagen_jax.types import AnyArray, Batch, Params, PredictFn, PRNGKey
 
-# Of the largest singular value, and of a unit length, below which nothing is left but rounding.
+# Of the features' norm, and of a unit length, below which nothing is left but rounding.
 _ROUNDING, _ALIKE = 1e-5, 0.02
 
 Labelled = tuple[Float[AnyArray, "_n features"], Integer[AnyArray, " _n"]]
@@ -222,10 +222,10 @@ def nearest_neighbour_accuracy(
             f"num_neighbours is {num_neighbours} of {len(train[0])} training features; give 1 to "
             f"{len(train[0])}"
         )
-    known, of_known = unit_rows(jnp.asarray(train[0])), jnp.asarray(train[1])
 
+    # An argument: closed over, the training features would be a constant of the program.
     @jax.jit
-    def predict(queries: Array) -> Array:
+    def predict(known: Array, of_known: Array, queries: Array) -> Array:
         def of_one(query: Array) -> Array:
             cosines = jnp.matmul(query, known.T, precision="highest")
             nearest, indices = jax.lax.top_k(cosines, num_neighbours)
@@ -235,7 +235,8 @@ def nearest_neighbour_accuracy(
 
         return jax.lax.map(of_one, queries, batch_size=block_size)
 
-    predictions = predict(unit_rows(jnp.asarray(test[0])))
+    known, queries = (unit_rows(jnp.asarray(features)) for features, _ in (train, test))
+    predictions = predict(known, jnp.asarray(train[1]), queries)
     return float((predictions == jnp.asarray(test[1])).mean())
 
 
@@ -295,7 +296,7 @@ def effective_rank(z: Float[AnyArray, "n features"]) -> Float[Array, ""]:
     """
     z = jnp.asarray(z)
     values = jnp.linalg.svd(z - z.mean(0), compute_uv=False)
-    floor = _ROUNDING * jnp.linalg.norm(z, ord=2)
+    floor = _ROUNDING * jnp.linalg.norm(z)
     values = jnp.where(values > floor, values, 0)
     total = values.sum()
     shares = values / jnp.where(total > 0, total, 1)

@@ -7,6 +7,7 @@ from flax import linen as nn
 from flax.linen.initializers import Initializer
 from jaxtyping import Array, Float
 
+from metagen_jax.nets.conv4 import BatchNorm
 from metagen_jax.types import AnyArray
 
 
@@ -22,6 +23,8 @@ class MLP(nn.Module):
       activation: any elementwise function.
       kernel_init: of all kernels; biases start at zero.
       head_init: of the head's kernel, if it is another; zeros make the outputs start at zero.
+      batch_norm: normalise by the current batch before each activation, as projection heads of
+        self-supervised learning do: an output then depends on the other inputs.
     """
 
     hidden_sizes: Sequence[int]
@@ -29,13 +32,17 @@ class MLP(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     kernel_init: Initializer = nn.initializers.lecun_normal()
     head_init: Initializer | None = None
+    batch_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Outputs `(*batch, num_outputs)` for inputs `(*batch, inputs)`."""
         x = jnp.asarray(x)
         for i, size in enumerate(self.hidden_sizes):
-            x = self.activation(nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(x))
+            x = nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(x)
+            if self.batch_norm:
+                x = BatchNorm(name=f"norm{i}")(x)
+            x = self.activation(x)
         if self.num_outputs is None:
             return x
         head_init = self.kernel_init if self.head_init is None else self.head_init

@@ -207,6 +207,12 @@ def test_a_resized_crop_equals_pillows():
         ]
         actual = resized_crop(jnp.asarray(image), corner=corner, sides=sides)
         np.testing.assert_allclose(actual, np.stack(expected, -1), atol=1e-5)
+    expected = [
+        Image.fromarray(image[..., c]).resize((5, 5), Image.Resampling.BILINEAR, box=box)
+        for c in range(2)
+    ]
+    smaller = resized_crop(jnp.asarray(image), corner=corner, sides=sides, size=5)
+    np.testing.assert_allclose(smaller, np.stack(expected, -1), atol=1e-5)
     whole = resized_crop(jnp.asarray(image), corner=(0.0, 0.0), sides=(9.0, 12.0))
     np.testing.assert_allclose(whole, image, atol=1e-6)
 

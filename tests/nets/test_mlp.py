@@ -31,6 +31,18 @@ def test_equals_numpy_with_an_activation_after_each_layer_but_the_last(
     np.testing.assert_allclose(net.apply(variables, x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_hidden_units_are_normalised_by_the_batch_before_their_activation():
+    net = MLP((5,), 2, batch_norm=True)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(11, 3)), jnp.float32)
+    variables = jax.tree.map(lambda p: p + 0.1, net.init(jax.random.key(0), x))
+    params = jax.tree.map(np.asarray, variables["params"])
+    hidden = x @ params["hidden0"]["kernel"] + params["hidden0"]["bias"]
+    hidden = (hidden - hidden.mean(0)) / np.sqrt(hidden.var(0) + 1e-3)
+    hidden = np.maximum(hidden * params["norm0"]["scale"] + params["norm0"]["bias"], 0)
+    expected = hidden @ params["head"]["kernel"] + params["head"]["bias"]
+    np.testing.assert_allclose(net.apply(variables, x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_has_one_kernel_and_bias_a_layer_under_names_that_trainable_can_choose():
     params = MLP((40, 30), 1).init(jax.random.key(0), jnp.zeros((1, 3)))["params"]
     shapes = {
