@@ -5,6 +5,8 @@
     python -m experiments.few_shot --preset omniglot-20w1s --data-dir DIR
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --learner reptile
     python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR --labels umtra
+    python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR \
+        --init-from runs/representation-omniglot-simclr          # starts from features by SimCLR
     python -m experiments.few_shot --preset omniglot-20w1s --data-dir DIR --learner prototypical \
         --checkpoint runs/few_shot-omniglot-5w1s-prototypical        # tests a run at other ways
 
@@ -25,7 +27,13 @@ import optax
 from jaxtyping import PyTree
 
 from experiments import few_shot_report, program
-from experiments.few_shot_config import PRESETS, Config, check, check_checkpoint, with_learner
+from experiments.few_shot_config import (
+    PRESETS,
+    Config,
+    check,
+    check_checkpoint,
+    with_learner,
+)
 from experiments.few_shot_data import (
     load_splits,
     normalise,
@@ -34,6 +42,7 @@ from experiments.few_shot_data import (
     training_episodes,
 )
 from experiments.few_shot_learners import LEARNERS, Learner, make_net
+from experiments.few_shot_start import check_start, start_from
 from metagen_jax.data.episodes import ClassData, sample_batch
 from metagen_jax.evaluation import few_shot
 from metagen_jax.gradients import gradients, mean_over_tasks, task_keys
@@ -72,6 +81,8 @@ def meta_train(
     optimizer = outer_optimizer(config)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = learner.init(init_key, normalise(data.examples[:1]))
+    if config.init_from is not None:
+        params = start_from(config.init_from, params)
     devices = program.devices_for(config.num_devices, config.num_tasks)
     grad_fn = data_parallel(mean_over_tasks(learner.grad_fn, chunk=config.chunk), devices=devices)
     state, episodes = replicate(
@@ -126,6 +137,8 @@ def main(config: Config) -> dict[str, Any]:
     check(config)
     if config.checkpoint is not None:
         check_checkpoint(config.checkpoint, config)
+    if config.init_from is not None:
+        check_start(config.init_from, config)
     splits = load_splits(config)
     train = to_class_data(config, splits.train, "training")
     val = to_class_data(config, splits.val, "validation")

@@ -124,6 +124,9 @@ class Config:
     """Where everything of the run is written."""
     resume: bool = False
     """Go on from the last checkpoint of the run's folder."""
+    init_from: Path | None = None
+    """Folder of a run of `experiments.representation`, whose net, with features learned without
+    labels, training starts from; and, with "cactus", whose features of images are clustered."""
     checkpoint: Path | None = None
     """Folder of an earlier run: its best parameters are tested on these data, ways and shots, and
     nothing is trained. The learner and the net must be those of that run; metric learners take
@@ -262,7 +265,8 @@ def with_learner(preset: Config, given: Config) -> Config:
     shortened = preset.dataset == "omniglot" and preset.num_shots == 1 and preset.cosine
     if shortened and given.learner in _OMNIGLOT_STEPS:
         settings["steps"] = _OMNIGLOT_STEPS[given.learner]
-    ends = (*changed.values(), *(["tested"] if given.checkpoint is not None else []))
+    kinds = {"started": given.init_from, "tested": given.checkpoint}
+    ends = (*changed.values(), *(end for end, folder in kinds.items() if folder is not None))
     run_dir = preset.run_dir.with_name("-".join((preset.run_dir.name, *ends)))
     baselines = preset.baselines and not changed
     return replace(preset, **settings, **changed, run_dir=run_dir, baselines=baselines)

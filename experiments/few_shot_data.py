@@ -35,7 +35,7 @@ from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.conv4 import Conv4
 from metagen_jax.self_supervised.simclr import Augment, simclr_loss
-from metagen_jax.training import fit, init_state, train_step
+from metagen_jax.training import fit, init_state, load_params, train_step
 from metagen_jax.types import Episode, Params, PRNGKey
 
 # Of CACTUs: partitions and clusters of the embedding, and images embedded at once.
@@ -184,7 +184,7 @@ def augmentation(images: Num[Array, "n h w c"]) -> Augment:
 
 def embed(config: Config, images: Num[Array, "n h w c"]) -> Float[Array, "n features"]:
     """Features of images that a net finds by telling views of one from views of others."""
-    net = Conv4(None, config.num_filters)
+    net = Conv4(None, config.num_filters, norm=config.norm)
 
     def features(params: Params, images: Num[Array, "n h w c"]) -> Array:
         return net.apply(params, normalise(images))  # pyright: ignore[reportReturnType]
@@ -192,19 +192,26 @@ def embed(config: Config, images: Num[Array, "n h w c"]) -> Float[Array, "n feat
     def sample(key: PRNGKey, data: ClassData) -> Array:
         return sample_batch(key, data, batch_size=128)[0]
 
+    init_key, train_key = jax.random.split(jax.random.key(config.seed))
+    params = net.init(init_key, normalise(images[:1]))
+    if config.init_from is not None:
+        return _in_blocks(config, features, load_params(config.init_from / "net", params), images)
     print("training by SimCLR a net, whose clusters of images stand for classes")
     grad_fn = gradients(simclr_loss(features, augmentation(images), temperature=0.2))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, config.pretraining_steps))
-    init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = fit(
         train_step(grad_fn, optimizer, sample),
-        init_state(net.init(init_key, normalise(images[:1])), optimizer, train_key),
+        init_state(params, optimizer, train_key),
         ClassData(images, jnp.zeros(1, jnp.int32), jnp.array([len(images)])),
         num_steps=config.pretraining_steps,
         run_dir=config.run_dir / "simclr",
         resume=config.resume,
     ).best_params
-    # Batch norm goes by a block, which should be of all classes.
+    return _in_blocks(config, features, params, images)
+
+
+def _in_blocks(config: Config, features, params: Params, images: Array) -> Array:
+    """The features of all images; batch norm goes by a block, which should be of all classes."""
     order = jax.random.permutation(jax.random.key(config.seed), len(images))
     of_block = jax.jit(features)
     starts = range(0, len(images), BLOCK)

@@ -2,20 +2,26 @@
 
     python -m experiments.representation                                 # embedded letters, SimCLR
     python -m experiments.representation --preset omniglot --data-dir DIR --method byol
-    python -m experiments.representation --preset cifar10 --data-dir DIR --method context_prediction
+    python -m experiments.representation --preset cifar10 --data-dir DIR --method cpc --seeds 3
+    python -m experiments.few_shot --preset omniglot-5w1s --data-dir DIR \
+        --init-from runs/representation-omniglot-simclr     # MAML from what has been learned there
 
 Learns features by a self-supervised method and judges them frozen: characters by episodes of unseen
 characters, their quarter turns being classes of their own, by the nearest class mean and by
-logistic regression; "cifar10" by a linear probe and nearest neighbours. Beside them stand the
-features of the same net as it is initialised, raw pixels, and the same net trained with labels for
-as many steps. Writes to the run's folder: `result.json`, `learning_curve.png`, `views.png`,
-`neighbours.png`, `map.png`, of methods that draw `drawings.png`, metrics, checkpoints.
+logistic regression; "cifar10" by a linear probe and nearest neighbours, and not frozen by
+fine-tuning on 1, 10 and 100 % of the labels. Beside them stand the features of the same net as it
+is initialised, fine-tuned likewise, raw pixels, and the same net trained with labels for about as
+many multiplications. Writes to the run's folder: `result.json`, `learning_curve.png`,
+`neighbours.png`, `map.png`, of methods that compare views `views.png`, of those that draw
+`drawings.png`, the parameters of the net under `net/`, metrics, checkpoints.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
 import functools
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,19 +40,25 @@ from experiments.representation_data import (
     draw_batch,
     is_characters,
     load_splits,
+    make_views,
+    mild_view,
     view_of,
 )
-from experiments.representation_method import Method
+from experiments.representation_method import Features, Method, rate_of
 from experiments.representation_methods import METHODS
+from metagen_jax.evaluation.fine_tuning import fine_tune
 from metagen_jax.evaluation.probes import extract_features, fingerprint
 from metagen_jax.gradients import gradients, task_keys
 from metagen_jax.parallel import data_parallel, replicate
+from metagen_jax.runs.checkpoints import BEST, save_checkpoint, saved_steps, to_host
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import Batch, LossFn, Params, PRNGKey
 
-# Images by which nets are initialised.
-NUM_INIT = 2
+# Images by which nets are initialised; of training, by which a norm by the batch takes statistics;
+# and of the test, two views of which are compared.
+NUM_INIT, NUM_REFERENCE, NUM_ALIGNED = 2, 256, 500
+FRACTIONS = (0.01, 0.1, 1.0)
 
 
 def train(config: Config, method: Method, part: Part, params: Params) -> FitResult:
@@ -55,24 +67,33 @@ def train(config: Config, method: Method, part: Part, params: Params) -> FitResu
     def sample(key: PRNGKey, data: tuple[Array, Array]) -> Array:
         return draw_batch(key, data, batch_size=config.batch_size)[0]
 
-    optimizer = method.optimizer(_adam(config))
+    optimizer = method.optimizer(_adam(config, config.steps))
     return _fit(config, method.grad_fn, optimizer, sample, part, params, method=method)
 
 
-def train_supervised(config: Config, method: Method, part: Part, params: Params) -> Params:
-    """The same net by as many steps of classification, on the same views; gives its parameters."""
+def train_supervised(config: Config, method: Method, part: Part, params: Params) -> FitResult:
+    """The same net by classification of views of the same kind; `method` are its parameters."""
+    logits, params = with_classes(config, method, part, params)
+    sample = functools.partial(draw_batch, batch_size=config.batch_size)
+    loss_fn = _of_views(config, cross_entropy_loss(logits))
+    optimizer = _adam(config, _supervised_steps(config))
+    return _fit(config, gradients(loss_fn), optimizer, sample, part, params)
+
+
+def with_classes(
+    config: Config, method: Method, part: Part, params: Params
+) -> tuple[Callable[[Params, Array], Array], Params]:
+    """Logits of a new linear map of the features, and its parameters beside the method's."""
     head = nn.Dense(int(part.labels.max()) + 1)
-    width = jax.eval_shape(method.features, params, _first(part)).shape[1]
 
     def logits(params: Params, images: Array) -> Array:
         outputs = head.apply(params["classes"], method.features(params["method"], images))
         assert isinstance(outputs, jax.Array)
         return outputs
 
-    sample = functools.partial(draw_batch, batch_size=config.batch_size)
-    both = {"method": params, "classes": head.init(jax.random.key(0), jnp.zeros((1, width)))}
-    loss_fn = _of_views(config, cross_entropy_loss(logits))
-    return _fit(config, gradients(loss_fn), _adam(config), sample, part, both).best_params["method"]
+    width = jax.eval_shape(method.features, params, _first(part)).shape[1]
+    head_key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    return logits, {"method": params, "classes": head.init(head_key, jnp.zeros((1, width)))}
 
 
 def _fit(config, grad_fn, optimizer, sample, part: Part, params, *, method=None) -> FitResult:
@@ -89,14 +110,18 @@ def _fit(config, grad_fn, optimizer, sample, part: Part, params, *, method=None)
         ),
         state,
         data,
-        num_steps=config.steps,
-        run_dir=config.run_dir if method is not None else config.run_dir / "supervised",
+        num_steps=_supervised_steps(config) if method is None else config.steps,
+        run_dir=config.run_dir / "supervised" if method is None else config.run_dir,
         resume=config.resume,
     )
 
 
-def _adam(config: Config) -> optax.GradientTransformation:
-    return optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
+def _supervised_steps(config: Config) -> int:
+    return max(1, round(config.supervised_factor * config.steps))
+
+
+def _adam(config: Config, steps: int) -> optax.GradientTransformation:
+    return optax.adamw(rate_of(config, steps=steps), weight_decay=config.weight_decay)
 
 
 def _of_views(config: Config, loss_fn: LossFn) -> LossFn:
@@ -112,44 +137,88 @@ def _of_views(config: Config, loss_fn: LossFn) -> LossFn:
 
 
 def judge(
-    config: Config, features: Callable[[Params, Array], Array], params: Params, splits: Splits
+    config: Config, features: Features, params: Params, splits: Splits
 ) -> tuple[dict[str, Any], np.ndarray]:
     """The numbers of frozen features, and the features of the test images."""
-
-    def of_bytes(params: Params, images: Array) -> Array:
-        return features(params, images / 255.0)
-
-    test = extract_features(of_bytes, params, splits.test.images)
+    extract = functools.partial(features_of, config, features, splits.train, params)
+    test = extract(splits.test.images)
     if is_characters(config):
         numbers = report.judge_by_few_shots(config, splits.test, test)
     else:
-        train, val = (
-            (extract_features(of_bytes, params, part.images), part.labels) for part in splits[:2]
-        )
+        train, val = ((extract(part.images), part.labels) for part in splits[:2])
         numbers = report.judge_by_probes(train, val, (test, splits.test.labels))
-    return {**numbers, **report.measure(test)}, test
+    whole = replace(config, view_size=None)
+    views = make_views(whole, splits.test.images[:NUM_ALIGNED] / np.float32(255), num_views=2)
+    pair = [extract(255 * np.asarray(views[:, i])) for i in range(2)]
+    return {**numbers, **report.measure(test, *pair)}, test
 
 
-def raw_pixels(params: Params, images: Array) -> Array:
+def features_of(
+    config: Config, features: Features, train: Part, params: Params, images: np.ndarray
+) -> np.ndarray:
+    """Features of images from 0 to 255, each from itself and, if need be, images of training."""
+    num_reference = NUM_REFERENCE if config.net == "conv4" and config.norm == "batch" else 0
+    order = np.random.default_rng(0).permutation(len(train.images))
+    reference = jnp.asarray(train.images[order[:num_reference]])
+    return extract_features(_of_bytes(features), (params, reference), images)
+
+
+# One function for all images of a kind of features, which is compiled once.
+@functools.cache
+def _of_bytes(features: Features) -> Callable[[tuple[Params, Array], Array], Array]:
+    def of_bytes(params_and_reference: tuple[Params, Array], images: Array) -> Array:
+        params, reference = params_and_reference
+        both = jnp.concatenate([reference, images]) / 255.0
+        return features(params, both, num_reference=len(reference) or None)[len(reference) :]
+
+    return of_bytes
+
+
+def tune(config: Config, method: Method, params: Params, splits: Splits) -> dict[str, Any]:
+    """Accuracies of the whole net, trained on shares of the labels."""
+    logits, params = with_classes(config, method, splits.train, params)
+
+    def of_bytes(params: Params, images: Array) -> Array:
+        return logits(params, images / 255.0)
+
+    numbers = {}
+    for fraction in FRACTIONS:
+        tuned = fine_tune(
+            of_bytes,
+            params,
+            splits.train,
+            splits.val,
+            splits.test,
+            fraction=fraction,
+            key=jax.random.fold_in(jax.random.key(config.seed), 3),
+            num_steps=config.tuning_steps,
+            augment=mild_view,
+        )
+        numbers[f"tuned_{round(100 * fraction)}_percent"] = tuned.accuracy
+    return numbers
+
+
+def raw_pixels(params: Params, images: Array, num_reference: int | None = None) -> Array:
     """What there is without any net."""
-    del params
+    del params, num_reference
     return images.reshape(len(images), -1)
 
 
-def main(config: Config) -> dict[str, Any]:
+def run_seed(config: Config, splits: Splits) -> dict[str, Any]:
     """Trains, judges, prints the table, draws the pictures; gives the numbers by name."""
-    check(config)
-    splits = load_splits(config)
-    counts = " / ".join(f"{len(part.images):,}" for part in splits)
-    print(f"{config.dataset}: {counts} images to learn from / to choose by / to test")
-    method = METHODS[config.method](config)
+    method = METHODS[config.method](config, splits.train.images)
     init_key, _ = jax.random.split(jax.random.key(config.seed))
     start = jax.jit(method.init)(init_key, _first(splits.train))
     print(f"training by {config.method}")
     result = train(config, method, splits.train, start)
     params = result.best_params
+    _keep_net(config, method.net(params))
     print("training the same net with labels")
-    supervised = train_supervised(config, method, splits.train, start)
+    of_labels = train_supervised(config, method, splits.train, start)
+    seconds = round(result.train_seconds, 1), round(of_labels.train_seconds, 1)
+    seen = config.steps * config.batch_size, _supervised_steps(config) * config.batch_size
+    for name, num_images, took in zip((config.method, "labels"), seen, seconds, strict=True):
+        print(f"{name}: {num_images:,} images in {took:.0f} s")
     print("judging frozen features")
     before = fingerprint(params)
     results, features = {}, {}
@@ -157,19 +226,58 @@ def main(config: Config) -> dict[str, Any]:
         ("raw pixels", raw_pixels, params),
         ("random initialisation", method.features, start),
         (config.method, method.features, params),
-        ("supervised", method.features, supervised),
+        ("supervised", method.features, of_labels.best_params["method"]),
     ):
         results[name], features[name] = judge(config, of, some, splits)
     program.require((fingerprint(params) == before, "judging features has changed the net"))
+    if not is_characters(config):
+        print("fine-tuning")
+        for name, some in (("random initialisation", start), (config.method, params)):
+            results[name] |= tune(config, method, some, splits)
     report.print_table(config, results)
     report.draw(config, method, params, splits, features[config.method])
     return {
         "num_parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "train_seconds": round(result.train_seconds, 1),
+        "train_seconds": seconds[0],
+        "images_seen": seen[0],
         "images_per_second": round(result.steps_per_second * config.batch_size, 1),
+        "supervised_train_seconds": seconds[1],
+        "supervised_images_seen": seen[1],
         "net": before,
         "features": results,
     }
+
+
+def _keep_net(config: Config, net: Params) -> None:
+    """For other programs, which then need not know what else the method has trained."""
+    folder = config.run_dir / "net" / BEST
+    if not saved_steps(folder):
+        save_checkpoint(folder / str(config.steps), to_host(net), {})
+
+
+def main(config: Config) -> dict[str, Any]:
+    """The run of one seed, or those of several and their means."""
+    check(config)
+    splits = load_splits(config)
+    counts = " / ".join(f"{len(part.images):,}" for part in splits)
+    print(f"{config.dataset}: {counts} images to learn from / to choose by / to test")
+    if is_characters(config):
+        report.check_tasks(config, splits.test)
+    if config.seeds == 1:
+        return run_seed(config, splits)
+    runs = []
+    for i in range(config.seeds):
+        seed = config.seed + i
+        print(f"seed {seed}")
+        one = replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed{seed}")
+        file = one.run_dir / program.RESULT
+        if not (config.resume and file.exists()):
+            program.prepare_run_dir(one)
+            program.write_result(one.run_dir, run_seed(one, splits), {})
+        runs.append(json.loads(file.read_text(encoding="utf-8")))
+    features = report.over_seeds([run["features"] for run in runs])
+    report.print_table(config, features)
+    return {"runs": runs, "features": features}
 
 
 def _first(part: Part) -> Array:

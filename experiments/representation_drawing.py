@@ -4,13 +4,21 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jaxtyping import Array
 
 from experiments.representation_config import Config
 from experiments.representation_data import is_characters
-from experiments.representation_method import Method, apply_to, centre, encoder, init_chain
+from experiments.representation_method import (
+    Method,
+    apply_to,
+    centre,
+    encoder,
+    init_chain,
+    rate_of,
+)
 from metagen_jax.generative.gan import NON_SATURATING, GANParams, gan_optimizer, r1_penalty
 from metagen_jax.gradients import gradients, task_keys
 from metagen_jax.nets.gan import Discriminator, Generator
@@ -18,7 +26,9 @@ from metagen_jax.nets.patch_transformer import PatchTransformer, from_patches, t
 from metagen_jax.self_supervised.colorization import (
     ab_grid,
     annealed_mean,
+    class_weights,
     colorization_loss,
+    colour_frequencies,
     lab_to_rgb,
     rgb_to_lab,
 )
@@ -32,13 +42,17 @@ from metagen_jax.self_supervised.inpainting import (
 from metagen_jax.types import Params, PRNGKey
 
 ADVERSARIAL_WEIGHT, R1_WEIGHT, SHOWN_SHARE = 1e-3, 0.1, 0.25
+# Images whose colours are counted.
+NUM_COUNTED = 5000
 
 
-def inpainting(config: Config) -> Method:
-    """A context encoder fills a box of half of the sides, against a discriminator."""
+def inpainting(config: Config, images: np.ndarray) -> Method:
+    """A context encoder fills a box of half of the sides, from its map, against a discriminator."""
+    del images
     size = 28 if is_characters(config) else 32
     shape = (size, size, 1 if is_characters(config) else 3)
-    net, decoder = encoder(config), Generator(shape, num_filters=config.num_filters)
+    net = encoder(config, pooled=False)
+    decoder = Generator(shape, num_filters=config.num_filters)
     discriminator = Discriminator(num_filters=config.num_filters)
     apply_net, apply_decoder = apply_to(net, "net"), apply_to(decoder, "decoder")
     hide = functools.partial(hide_box, shape=(size, size), size=(size // 2, size // 2))
@@ -76,6 +90,9 @@ def inpainting(config: Config) -> Method:
         generator = init_chain(first, nothing_hidden(images), net=net, decoder=decoder)
         return GANParams(generator, discriminator.init(second, images))
 
+    def features(params: GANParams, images: Array, num_reference: int | None = None) -> Array:
+        return apply_net(params.generator, nothing_hidden(images), num_reference).mean((1, 2))
+
     def draw(params: GANParams, images: Array, key: PRNGKey) -> Array:
         hidden = jax.vmap(hide)(task_keys(key, len(images)))[..., None]
         filled = fill(params.generator, with_hole(centre(images), hidden[..., 0])) / 2 + 0.5
@@ -85,15 +102,20 @@ def inpainting(config: Config) -> Method:
     return Method(
         init=init,
         grad_fn=grad_fn,
-        features=lambda params, images: apply_net(params.generator, nothing_hidden(images)),
-        optimizer=lambda optimizer: gan_optimizer(optimizer, optax.adam(config.rate / 5, b1=0.5)),
+        features=features,
+        net=lambda params: params.generator["net"],
+        optimizer=lambda optimizer: gan_optimizer(
+            optimizer,
+            optax.adam(rate_of(config, steps=config.steps, peak=config.rate / 5), b1=0.5),
+        ),
         draw=draw,
         rows=("image", "hole", "filled"),
     )
 
 
-def mae(config: Config) -> Method:
+def mae(config: Config, images: np.ndarray) -> Method:
     """A transformer draws three quarters of the patches from the others."""
+    del images
     size = 28 if is_characters(config) else 32
     shape = (size, size, 1 if is_characters(config) else 3)
     net = PatchTransformer(shape, width=config.num_filters, decoder_width=config.num_filters // 2)
@@ -111,7 +133,8 @@ def mae(config: Config) -> Method:
         apply, cut, shown_share=SHOWN_SHARE, normalise=not is_characters(config)
     )
 
-    def features(params: Params, images: Array) -> Array:
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        del num_reference
         tokens = net.apply(params, centre(images), method="features")
         assert isinstance(tokens, jax.Array)
         return tokens
@@ -132,13 +155,14 @@ def mae(config: Config) -> Method:
         init=lambda key, images: net.init(key, images, jnp.zeros((len(images), 1), jnp.int32)),
         grad_fn=gradients(lambda params, images, key: loss_fn(params, centre(images), key)),
         features=features,
+        net=lambda params: params,
         draw=draw,
         rows=("image", "shown", "drawn"),
     )
 
 
-def colorization(config: Config) -> Method:
-    """Colours, as classes, of squares of four pixels, from lightness."""
+def colorization(config: Config, images: np.ndarray) -> Method:
+    """Colours of squares of 4x4 pixels, as classes, rare ones counting more, from lightness."""
     grid = ab_grid()
     net, head = encoder(config, pooled=False), nn.Dense(len(grid))
     apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
@@ -149,6 +173,9 @@ def colorization(config: Config) -> Method:
     def lightness(images: Array) -> Array:
         return rgb_to_lab(images)[..., :1] / 50 - 1
 
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        return apply_net(params, lightness(images), num_reference).mean((1, 2))
+
     def draw(params: Params, images: Array, key: PRNGKey) -> Array:
         del key
         lab = rgb_to_lab(images)
@@ -158,12 +185,13 @@ def colorization(config: Config) -> Method:
         grey = lab_to_rgb(lab * jnp.array([1.0, 0, 0]))
         return jnp.stack([images, grey, coloured])
 
-    # All classes weigh alike: of means over squares few are rare.
-    loss_fn = colorization_loss(logits, grid, jnp.ones(len(grid)))
+    counted = images[:NUM_COUNTED] / np.float32(255)
+    weights = class_weights(colour_frequencies(counted, grid, square=4))
+    loss_fn = colorization_loss(logits, grid, weights)
     return Method(
         init=lambda key, images: init_chain(key, lightness(images), net=net, head=head),
         grad_fn=gradients(loss_fn),
-        features=lambda params, images: apply_net(params, lightness(images)).mean((1, 2)),
+        features=features,
         draw=draw,
         rows=("image", "seen", "coloured"),
     )

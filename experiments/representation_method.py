@@ -18,34 +18,49 @@ AXIS = "tasks"
 """Of the devices, as `metagen_jax.parallel.data_parallel` calls it."""
 
 
+Features = Callable[..., Array]
+
+
 class Method(NamedTuple):
     """A method, of images `(n, h, w, c)` from 0 to 1.
 
     Attributes:
       init: `(key, images) -> params`.
       grad_fn: over batches of images.
-      features: `(params, images) -> (n, features)`, what is kept for later tasks.
+      features: `(params, images, num_reference=None) -> (n, features)`, what is kept for later
+        tasks; a norm by the batch takes its statistics from the first so many images.
+      net: `params -> those of the net`.
       optimizer: makes the optimiser of the method's parameters from one of a net's.
       update_slow: see `metagen_jax.training.train_step`.
       draw: `(params, images, key) -> rows of pictures (r, n, h, w, c)`, for methods that draw.
       rows: what each of these rows shows.
+      takes_views: whether it learns from views of images.
     """
 
     init: Callable[[PRNGKey, Array], Params]
     grad_fn: GradFn
-    features: Callable[[Params, Array], Array]
+    features: Features
+    net: Callable[[Params], Params] = lambda params: params["net"]
     optimizer: Callable[[optax.GradientTransformation], optax.GradientTransformation] = lambda x: x
     update_slow: Callable[[Params, Batch, PRNGKey], Params] | None = None
     draw: Callable[[Params, Array, PRNGKey], Array] | None = None
     rows: tuple[str, ...] = ()
+    takes_views: bool = False
 
 
 def encoder(config: Config, *, pooled: bool = True) -> nn.Module:
-    """The net whose features are learned; each image is by itself."""
+    """The net whose features are learned; with four blocks that of `experiments.few_shot`."""
     if config.net == "conv4":
-        return Conv4(None, num_filters=config.num_filters, strided=False, norm="group")
+        return Conv4(None, num_filters=config.num_filters, norm=config.norm)
     sizes = tuple(factor * config.num_filters for factor in (1, 2, 4))
     return ResNet(None, num_filters=sizes, pooled=pooled)
+
+
+def rate_of(config: Config, *, steps: int, peak: float | None = None) -> optax.Schedule:
+    """The learning rate: warms up in a twentieth of the steps, then decays along a cosine."""
+    warmup = max(1, steps // 20)
+    peak = config.rate if peak is None else peak
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
 
 
 def apply_to(net: nn.Module, part: str) -> Callable[..., Any]:
@@ -63,6 +78,11 @@ def init_chain(key: PRNGKey, x: Array, **nets: nn.Module) -> dict[str, Params]:
     for i, (name, net) in enumerate(nets.items()):
         x, params[name] = net.init_with_output(jax.random.fold_in(key, i), x)
     return params
+
+
+def prepare(config: Config, images: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Images as the encoder takes them: the four blocks from 0 to 1, as in few-shot learning."""
+    return images if config.net == "conv4" else centre(images)
 
 
 def centre(images: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -1,9 +1,11 @@
 """The methods of `experiments.representation`, by name: those that compare, and all others."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from experiments.representation_config import Config, MethodName
@@ -16,11 +18,15 @@ from experiments.representation_method import (
     centre,
     encoder,
     init_chain,
+    prepare,
 )
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.mlp import MLP
 from metagen_jax.nets.row_context import RowContext
-from metagen_jax.self_supervised.adjacent_patch import adjacent_features_loss
+from metagen_jax.self_supervised.adjacent_patch import (
+    adjacent_features_loss,
+    adjacent_pixels_loss,
+)
 from metagen_jax.self_supervised.byol import BYOLParams, byol_loss, byol_optimizer, move_target
 from metagen_jax.self_supervised.byol import init_byol as start_byol
 from metagen_jax.self_supervised.context_prediction import (
@@ -28,20 +34,22 @@ from metagen_jax.self_supervised.context_prediction import (
     context_prediction_loss,
     drop_colours,
 )
-from metagen_jax.self_supervised.cpc import cpc_loss
-from metagen_jax.self_supervised.simclr import simclr_loss
+from metagen_jax.self_supervised.cpc import cpc_loss, patch_grid
+from metagen_jax.self_supervised.simclr import Augment, simclr_loss
 from metagen_jax.types import Params, PRNGKey
 
-PATCH_SIZE, STRIDE, NUM_STEPS = 8, 4, 3
+# Of CPC: the second row below is the first that shares no pixel with the context's own.
+PATCH_SIZE, STRIDE, FIRST_STEP, NUM_STEPS = 8, 4, 2, 3
 
 
-def simclr(config: Config) -> Method:
+def simclr(config: Config, images: np.ndarray) -> Method:
     """Two views of an image find each other."""
-    net, head = encoder(config), MLP((config.num_hidden,), config.num_projected)
+    del images
+    net, head = encoder(config), _head(config)
     apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
 
-    def features(params: Params, images: Array) -> Array:
-        return apply_net(params, centre(images))
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        return apply_net(params, prepare(config, images), num_reference)
 
     loss_fn = simclr_loss(
         lambda params, images: apply_head(params, features(params, images)),
@@ -50,23 +58,28 @@ def simclr(config: Config) -> Method:
         axis_name=AXIS,
     )
     return Method(
-        init=lambda key, images: init_chain(key, centre(images), net=net, head=head),
+        init=lambda key, images: init_chain(key, prepare(config, images), net=net, head=head),
         grad_fn=gradients(loss_fn),
         features=features,
+        takes_views=True,
     )
 
 
-def byol(config: Config) -> Method:
+def byol(config: Config, images: np.ndarray) -> Method:
     """A view predicts how a slow average of the net sees the other one."""
-    net, head = encoder(config), MLP((config.num_hidden,), config.num_projected)
-    predictor = MLP((config.num_hidden,), config.num_projected)
+    del images
+    net, head, predictor = encoder(config), _head(config), _head(config)
     apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
 
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        return apply_net(params, prepare(config, images), num_reference)
+
     def project(params: Params, images: Array) -> Array:
-        return apply_head(params, apply_net(params, centre(images)))
+        return apply_head(params, features(params, images))
 
     def init(key: PRNGKey, images: Array) -> BYOLParams:
-        parts = init_chain(key, centre(images), net=net, head=head, predictor=predictor)
+        inputs = prepare(config, images)
+        parts = init_chain(key, inputs, net=net, head=head, predictor=predictor)
         return start_byol({"net": parts["net"], "head": parts["head"]}, parts["predictor"])
 
     def predict(params: Params, z: Array) -> Array:
@@ -77,21 +90,24 @@ def byol(config: Config) -> Method:
     return Method(
         init=init,
         grad_fn=gradients(byol_loss(project, predict, view_of(config))),
-        features=lambda params, images: apply_net(params.online, centre(images)),
+        features=lambda params, *inputs, **options: features(params.online, *inputs, **options),
+        net=lambda params: params.online["net"],
         optimizer=byol_optimizer,
         update_slow=move_target(0.99),
+        takes_views=True,
     )
 
 
-def context_prediction(config: Config) -> Method:
+def context_prediction(config: Config, images: np.ndarray) -> Method:
     """Where one patch lies from another."""
+    del images
     net, head = encoder(config), MLP((config.num_hidden,), len(DIRECTIONS))
     apply_net = apply_to(net, "net")
     loss_fn = context_prediction_loss(
         apply_net,
         apply_to(head, "head"),
         **_places(config),
-        augment=None if is_characters(config) else drop_colours,
+        augment=_dropping(config),
     )
     return _of_patches(
         loss_fn,
@@ -101,8 +117,9 @@ def context_prediction(config: Config) -> Method:
     )
 
 
-def adjacent_patch(config: Config) -> Method:
+def adjacent_patch(config: Config, images: np.ndarray) -> Method:
     """What the neighbouring patch holds: its projection is found among others'."""
+    del images
     net, head = encoder(config), MLP((config.num_hidden,), config.num_projected)
     predictor = MLP((config.num_hidden,), config.num_projected)
     apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
@@ -118,21 +135,44 @@ def adjacent_patch(config: Config) -> Method:
         apply_to(predictor, "predictor"),
         temperature=config.temperature,
         **_places(config),
-        augment=None if is_characters(config) else drop_colours,
+        augment=_dropping(config),
         axis_name=AXIS,
     )
     return _of_patches(loss_fn, apply_net, init, net)
 
 
-def cpc(config: Config) -> Method:
-    """Patches further down are predicted from those above."""
+def adjacent_pixels(config: Config, images: np.ndarray) -> Method:
+    """What the neighbouring patch holds: its pixels are drawn."""
+    places = {**_places(config), "gap": 0, "jitter": 0}
+    net = encoder(config)
+    predictor = MLP((config.num_hidden,), places["patch_size"] ** 2 * images.shape[-1])
+    apply_net = apply_to(net, "net")
+
+    def init(key: PRNGKey, z: Array) -> dict[str, Params]:
+        inputs = jnp.zeros((len(z), z.shape[1] + len(DIRECTIONS)))
+        return init_chain(key, inputs, predictor=predictor)
+
+    loss_fn = adjacent_pixels_loss(apply_net, apply_to(predictor, "predictor"), **places)
+    return _of_patches(loss_fn, apply_net, init, net)
+
+
+def cpc(config: Config, images: np.ndarray) -> Method:
+    """Patches further down are predicted from those above; features are the mean patch's."""
+    del images
     net, context = encoder(config), RowContext(config.num_hidden)
     width = 4 * config.num_filters
     predictor = MLP((), NUM_STEPS * width)
     apply_net, apply_predictor = apply_to(net, "net"), apply_to(predictor, "predictor")
+    grid = functools.partial(patch_grid, patch_size=PATCH_SIZE, stride=STRIDE)
 
     def init(key: PRNGKey, z: Array) -> dict[str, Params]:
         return init_chain(key, z[:, None, None], context=context, predictor=predictor)
+
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        del num_reference
+        patches = grid(centre(images))
+        z = apply_net(params, patches.reshape(-1, *patches.shape[3:]))
+        return z.reshape(len(images), -1, width).mean(1)
 
     loss_fn = cpc_loss(
         apply_net,
@@ -141,17 +181,29 @@ def cpc(config: Config) -> Method:
         patch_size=PATCH_SIZE,
         stride=STRIDE,
         num_steps=NUM_STEPS,
-        augment=None if is_characters(config) else drop_colours,
+        first_step=FIRST_STEP,
+        augment=_dropping(config),
         axis_name=AXIS,
         block_size=512,
     )
-    return _of_patches(loss_fn, apply_net, init, net)
+    return _of_patches(loss_fn, apply_net, init, net)._replace(features=features)
+
+
+def _head(config: Config) -> MLP:
+    """What follows the net where views are compared."""
+    return MLP((config.num_hidden,), config.num_projected, batch_norm=True)
 
 
 def _places(config: Config) -> dict[str, int]:
-    """Patches of 8 pixels that fill pictures of 28, or of 32."""
-    wide = 1 if is_characters(config) else 2
-    return {"patch_size": PATCH_SIZE, "gap": wide, "jitter": wide}
+    """Patches whose neighbours leave the first one a few places, in pictures of 28, or of 32."""
+    if is_characters(config):
+        return {"patch_size": 6, "gap": 1, "jitter": 1}
+    return {"patch_size": 7, "gap": 2, "jitter": 2}
+
+
+def _dropping(config: Config) -> Augment | None:
+    """Of every second patch the colours are dropped, so that features still know of colours."""
+    return None if is_characters(config) else functools.partial(drop_colours, probability=0.5)
 
 
 def _of_patches(loss_fn, apply_net, init_heads, net) -> Method:
@@ -162,20 +214,25 @@ def _of_patches(loss_fn, apply_net, init_heads, net) -> Method:
         z, params = net.init_with_output(net_key, centre(images))
         return {"net": params, **init_heads(key, z)}
 
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        return apply_net(params, centre(images), num_reference)
+
     return Method(
         init=init,
         grad_fn=gradients(lambda params, images, key: loss_fn(params, centre(images), key)),
-        features=lambda params, images: apply_net(params, centre(images)),
+        features=features,
     )
 
 
-METHODS: dict[MethodName, Callable[[Config], Method]] = {
+METHODS: dict[MethodName, Callable[[Config, np.ndarray], Method]] = {
     "simclr": simclr,
     "byol": byol,
     "cpc": cpc,
     "context_prediction": context_prediction,
     "adjacent_patch": adjacent_patch,
+    "adjacent_pixels": adjacent_pixels,
     "inpainting": inpainting,
     "mae": mae,
     "colorization": colorization,
 }
+"""`method(config, images of training)`."""

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+import scipy.stats
 from jaxtyping import Array, Float
 
 from experiments.representation_config import Config
@@ -21,6 +22,7 @@ from metagen_jax.evaluation.feature_maps import plot_feature_map
 from metagen_jax.evaluation.few_shot import Sample, evaluate_few_shot
 from metagen_jax.evaluation.image_grids import plot_image_grid
 from metagen_jax.evaluation.probes import (
+    alignment,
     describe_collapse,
     effective_rank,
     linear_probe,
@@ -38,8 +40,16 @@ TASKS = ((5, 1), (5, 5), (20, 1))
 NUM_NEIGHBOURS = 20
 # Features by which collapse and uniformity are measured, and shown on the map.
 NUM_MEASURED = 2000
+_NO_SHARES = ("effective_rank", "alignment", "uniformity")
 
 Features = Float[np.ndarray, "n features"]
+
+
+def check_tasks(config: Config, test: Part) -> None:
+    """Raises a UserError, before any training, if the test has too few images for the episodes."""
+    data = group_by_class(test.labels, test.labels)
+    for ways, shots in TASKS:
+        check_episodes(data, num_ways=ways, num_shots=shots, num_queries=config.num_queries)
 
 
 def judge_by_few_shots(config: Config, test: Part, features: Features) -> dict[str, float]:
@@ -48,7 +58,6 @@ def judge_by_few_shots(config: Config, test: Part, features: Features) -> dict[s
     numbers = {}
     for ways, shots in TASKS:
         sizes = {"num_ways": ways, "num_shots": shots, "num_queries": config.num_queries}
-        check_episodes(data, **sizes)
         for name, predict in _predictors(ways, shots).items():
             accuracy = evaluate_few_shot(
                 predict,
@@ -95,11 +104,12 @@ def judge_by_probes(
     return {"linear_probe": probe.accuracy, "nearest_neighbours": neighbours}
 
 
-def measure(features: Features) -> dict[str, Any]:
-    """How features are spread, and what has collapsed, if anything has."""
+def measure(features: Features, view_a: Features, view_b: Features) -> dict[str, Any]:
+    """How features are spread, how near those of two views are, and what has collapsed, if any."""
     some = features[np.random.default_rng(0).permutation(len(features))[:NUM_MEASURED]]
     return {
         "effective_rank": float(effective_rank(some)),
+        "alignment": float(alignment(view_a, view_b)),
         "uniformity": float(uniformity(some)),
         "collapse": describe_collapse(some),
     }
@@ -107,17 +117,18 @@ def measure(features: Features) -> dict[str, Any]:
 
 def print_table(config: Config, results: Mapping[str, Mapping[str, Any]]) -> None:
     """A row for each kind of features."""
-    names = [
-        name
-        for name in next(iter(results.values()))
-        if not name.endswith("_interval") and name not in ("collapse", "uniformity")
-    ]
+    longest = max(results.values(), key=len)
+    names = [name for name in longest if not name.endswith("_interval") and name != "collapse"]
     caption = (
-        f"accuracy in %, mean ± 95 % interval over {config.num_test_tasks} episodes of "
-        f"{config.num_queries} queries a class, of features of length 1"
+        f"accuracy in %, mean over {config.num_test_tasks} episodes of {config.num_queries} "
+        "queries a class, of features of length 1"
         if is_characters(config)
-        else f"accuracy in % on test images; {NUM_NEIGHBOURS} neighbours"
+        else f"accuracy in % on test images; {NUM_NEIGHBOURS} neighbours; of a whole net tuned on "
+        "shares of the labels"
     )
+    over = f"{config.seeds} seeds" if config.seeds > 1 else "episodes"
+    if config.seeds > 1 or is_characters(config):
+        caption += f"; ± 95 % interval over {over}"
     table = rich.table.Table(title=f"Features of {config.dataset}", caption=caption)
     table.add_column("features")
     for name in names:
@@ -125,23 +136,42 @@ def print_table(config: Config, results: Mapping[str, Mapping[str, Any]]) -> Non
     for kind, numbers in results.items():
         cells = []
         for name in names:
-            if name == "effective_rank":
-                cells.append(f"{numbers[name]:.1f}")
-                continue
-            interval = numbers.get(f"{name}_interval")
-            around = "" if interval is None else f" ± {100 * interval:.2f}"
-            cells.append(f"{100 * numbers[name]:.2f}{around}")
+            scale = 1 if name in _NO_SHARES else 100
+            value, interval = numbers.get(name), numbers.get(f"{name}_interval")
+            around = "" if interval is None else f" ± {scale * interval:.2f}"
+            cells.append("-" if value is None else f"{scale * value:.2f}{around}")
         table.add_row(kind, *cells)
     rich.console.Console(width=140).print(table)
     for kind, numbers in results.items():
-        if numbers["collapse"]:
+        if numbers.get("collapse"):
             print(f"{kind}: {numbers['collapse']}")
+
+
+def over_seeds(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Means of the numbers of several runs, and half widths of their 95 % intervals.
+
+    By Student's t, `t s / sqrt(runs)`; a collapse is that of any run.
+    """
+    quantile = float(scipy.stats.t.ppf(0.975, len(runs) - 1))
+    means: dict[str, dict[str, Any]] = {}
+    for kind, numbers in runs[0].items():
+        means[kind] = {}
+        for name in numbers:
+            if name.endswith("_interval"):
+                continue
+            values = [run[kind][name] for run in runs]
+            if name == "collapse":
+                means[kind][name] = next(filter(None, values), None)
+                continue
+            half = quantile * np.std(values, ddof=1) / np.sqrt(len(values))
+            means[kind] |= {name: float(np.mean(values)), f"{name}_interval": float(half)}
+    return means
 
 
 def draw(
     config: Config, method: Method, params: Params, splits: Splits, features: Features
 ) -> None:
-    """Draws the learning curve, views, neighbours, a map and what the method draws."""
+    """Draws the learning curve, neighbours, a map and what the method sees or draws."""
     folder, what = config.run_dir, f"{config.method} of {config.dataset}"
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(
@@ -149,21 +179,25 @@ def draw(
     )
     some = np.random.default_rng(0).permutation(len(splits.test.images))
     images = splits.test.images / np.float32(255)
-    views = np.asarray(make_views(config, jnp.asarray(images[some[:8]]), num_views=9))
-    plot_image_grid(
-        np.concatenate([images[some[:8], None], views], 1),
-        folder / "views.png",
-        title=f"{config.dataset}: images and views of them",
-    )
     _draw_neighbours(config, images, features, some[:8], what)
-    chosen = some[:NUM_MEASURED]
+    # Of characters a few each: the pictures of six classes are looked for, not those of a sample.
+    labels = splits.test.labels
+    shown = np.random.default_rng(0).permutation(np.unique(labels))[:6]
+    chosen = np.random.default_rng(0).permutation(np.flatnonzero(np.isin(labels, shown)))
+    chosen = chosen[:NUM_MEASURED]
     plot_feature_map(
         features[chosen],
-        splits.test.labels[chosen],
+        labels[chosen],
         folder / "map.png",
         title=f"{what}: test images by two principal directions",
     )
-    drawn = ["learning_curve.png", "views.png", "neighbours.png", "map.png"]
+    drawn = ["learning_curve.png", "neighbours.png", "map.png"]
+    if method.takes_views:
+        views = np.asarray(make_views(config, jnp.asarray(images[some[:8]]), num_views=9))
+        plot_image_grid(
+            views, folder / "views.png", title=f"{config.dataset}: views of an image in each row"
+        )
+        drawn.append("views.png")
     if method.draw is not None:
         rows = method.draw(params, jnp.asarray(images[some[:12]]), jax.random.key(0))
         plot_image_grid(

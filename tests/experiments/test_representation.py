@@ -1,5 +1,6 @@
 """The experiment on features: every method gives what it asks for, and a run is whole."""
 
+import functools
 from dataclasses import replace
 from typing import get_args
 
@@ -8,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import representation, representation_report
+from experiments import (
+    few_shot_config,
+    few_shot_start,
+    program,
+    representation,
+    representation_data,
+    representation_report,
+)
+from experiments.few_shot_learners import LEARNERS
 from experiments.representation_config import (
     PRESETS,
     Config,
@@ -18,37 +27,75 @@ from experiments.representation_config import (
 )
 from experiments.representation_data import Part, make_views
 from experiments.representation_methods import METHODS
-from experiments.representation_report import judge_by_few_shots, judge_by_probes
+from experiments.representation_report import judge_by_few_shots, judge_by_probes, over_seeds
+from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
 from metagen_jax.parallel import data_parallel
 
 KEY = jax.random.key(0)
+METHOD_NAMES = get_args(MethodName)
 
 
 def config_of(name, **settings):
     return replace(with_method(PRESETS["smoke"], Config(method=name)), **settings)
 
 
+def squares(dataset, split, **_):
+    """Grey or coloured squares on noise, for ten classes of a picture or 30 of a character."""
+    del split
+    size, channels, num_classes = (32, 3, 10) if dataset == "cifar10" else (28, 1, 30)
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(num_classes, dtype=np.int32), 12 if channels == 1 else 25)
+    images = rng.integers(0, 60, (len(labels), size, size, channels))
+    for image, label in zip(images, labels, strict=True):
+        image[4:20, 2 + label // 2 : 10 + label // 2] += 20 * (label % 8)
+    return LabelledImages(images.astype(np.uint8), labels, tuple(map(str, range(num_classes))))
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    monkeypatch.setattr(representation_data, "load_images", squares)
+
+
+def shape_of(dataset):
+    return (8, 28, 28, 1) if dataset == "glyphs" else (8, 32, 32, 3)
+
+
 @pytest.mark.parametrize("dataset", ["glyphs", pytest.param("cifar10", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", get_args(MethodName))
+@pytest.mark.parametrize("name", METHOD_NAMES)
 def test_every_method_has_a_direction_and_features(name, dataset):
-    if name == "colorization" and dataset == "glyphs":
-        return
+    dataset = "cifar10" if name == "colorization" else dataset
     config = config_of(name, dataset=dataset)
+    config = replace(config, net="resnet" if dataset == "cifar10" else config.net)
     check(config)
-    method = METHODS[name](config)
-    images = jax.ShapeDtypeStruct((8, 28, 28, 1) if dataset == "glyphs" else (8, 32, 32, 3), float)
+    images = jax.ShapeDtypeStruct(shape_of(dataset), float)
+    method = METHODS[name](config, np.zeros(images.shape, np.uint8))
     params = jax.eval_shape(method.init, KEY, images)
     grad_fn = data_parallel(method.grad_fn, devices=jax.devices("cpu")[:2])
     direction, metrics = jax.eval_shape(grad_fn, params, images, KEY)
     assert jax.tree.structure(direction) == jax.tree.structure(params)
     assert metrics["loss"].shape == ()
-    features = jax.eval_shape(method.features, params, images)
+    features = jax.eval_shape(functools.partial(method.features, num_reference=4), params, images)
     assert features.shape[0] == 8
     assert len(features.shape) == 2
+    assert set(jax.tree.leaves(method.net(params))) <= set(jax.tree.leaves(params))
     if method.draw is not None:
         drawn = jax.eval_shape(method.draw, params, images, KEY)
         assert drawn.shape == (len(method.rows), *images.shape)
+
+
+def test_features_of_characters_depend_on_no_other_image_of_a_block(no_data):
+    """A norm by the batch goes by images of training alone."""
+    config = config_of("simclr", num_filters=8)
+    splits = representation_data.load_splits(config)
+    splits = splits._replace(test=Part(*(x[:40] for x in splits.test)))
+    method = METHODS["simclr"](config, splits.train.images)
+    params = jax.jit(method.init)(KEY, jnp.zeros((2, 28, 28, 1)))
+    extract = functools.partial(representation.features_of, config, method.features, splits.train)
+    together = extract(params, splits.test.images)
+    alone = extract(params, splits.test.images[7:8])
+    np.testing.assert_allclose(together[7:8], alone, atol=1e-4)
+    assert np.abs(together[7] - together[20]).max() > 1e-2
 
 
 @pytest.mark.slow
@@ -69,24 +116,124 @@ def test_features_that_know_the_class_are_worth_most_and_noise_is_at_chance(monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["simclr", "mae"])
-def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path, name):
-    config = config_of(name, run_dir=tmp_path)
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path, no_data, name):
+    dataset = "cifar10" if name in ("cpc", "colorization", "mae") else "glyphs"
+    config = config_of(name, dataset=dataset, run_dir=tmp_path)
+    config = replace(config, net="resnet" if dataset == "cifar10" else config.net)
     numbers = representation.main(config)
     assert list(numbers["features"]) == ["raw pixels", "random initialisation", name, "supervised"]
-    for features in numbers["features"].values():
-        assert 0.2 < features["5_way_1_shot_class_mean"] <= 1
-    pictures = ["learning_curve", "views", "neighbours", "map"]
-    for picture in [*pictures, "drawings"] if name == "mae" else pictures:
-        assert (tmp_path / f"{picture}.png").stat().st_size > 1000
+    assert numbers["images_seen"] == 16
+    assert numbers["supervised_images_seen"] == 32
+    for kind, features in numbers["features"].items():
+        assert 0 <= features["alignment"] <= 4
+        assert ("tuned_10_percent" in features) == (
+            dataset == "cifar10" and kind in (name, "random initialisation")
+        )
+    # What two steps learn is little: pixels, which tell the squares, tell a lower bound.
+    raw = numbers["features"]["raw pixels"]
+    assert raw["linear_probe" if dataset == "cifar10" else "5_way_1_shot_class_mean"] > 0.4
+    drawn = {path.name for path in tmp_path.glob("*.png")}
+    expected = {"learning_curve.png", "neighbours.png", "map.png"}
+    if name in ("simclr", "byol"):
+        expected.add("views.png")
+    if name in ("inpainting", "mae", "colorization"):
+        expected.add("drawings.png")
+    assert drawn == expected
 
 
-def test_views_differ_and_stay_pictures():
+@pytest.mark.slow
+def test_seeds_are_runs_of_their_own_whose_means_are_given(tmp_path, no_data, monkeypatch):
+    config = config_of("simclr", run_dir=tmp_path, seeds=2, seed=5)
+    numbers = representation.main(config)
+    assert [run["images_seen"] for run in numbers["runs"]] == [16, 16]
+    for kind in ("raw pixels", "simclr"):
+        values = [run["features"][kind]["5_way_1_shot_class_mean"] for run in numbers["runs"]]
+        assert numbers["features"][kind]["5_way_1_shot_class_mean"] == pytest.approx(
+            np.mean(values)
+        )
+    assert numbers["features"]["raw pixels"]["5_way_1_shot_class_mean_interval"] == 0
+    # The net of one of them is what few-shot learning starts from.
+    learned = tmp_path / "seed6"
+    config = replace(few_shot_config.PRESETS["smoke"], init_from=learned)
+    few_shot_start.check_start(learned, config)
+    images = jnp.zeros((2, 28, 28, 1))
+    for learner in ("maml", "prototypical"):
+        params = LEARNERS[learner](replace(config, learner=learner)).init(KEY, images)
+        started = few_shot_start.start_from(learned, params)
+        assert jax.tree.structure(started) == jax.tree.structure(params)
+        moved = jnp.abs(started["params"]["conv0"]["kernel"] - params["params"]["conv0"]["kernel"])
+        assert moved.max() > 1e-3
+        if learner == "maml":
+            np.testing.assert_array_equal(
+                started["params"]["head"]["kernel"], params["params"]["head"]["kernel"]
+            )
+    # Resumed, what has been written is read again.
+    monkeypatch.setattr(representation, "run_seed", None)
+    again = representation.main(config_of("simclr", run_dir=tmp_path, seeds=2, seed=5, resume=True))
+    assert again == numbers
+
+
+def test_few_shot_learning_starts_from_the_same_net_alone(tmp_path):
+    learned = replace(PRESETS["omniglot"], run_dir=tmp_path / "learned")
+    program.prepare_run_dir(learned)
+    config = few_shot_config.PRESETS["omniglot-5w1s"]
+    few_shot_start.check_start(learned.run_dir, config)
+    few_shot_start.check_start(learned.run_dir, replace(config, learner="prototypical"))
+    for changes, message in (
+        ({"num_filters": 32}, "with num_filters 64, here it is 32; give"),
+        ({"norm": "group"}, "with norm batch, here it is group"),
+        ({"strided": False}, "leave --no-strided out"),
+        ({"learner": "matching"}, "learner is matching; with init_from give one of maml"),
+        ({"split": "lake"}, "split is lake, of whose test characters"),
+    ):
+        with pytest.raises(UserError, match=message):
+            few_shot_start.check_start(learned.run_dir, replace(config, **changes))
+    with pytest.raises(UserError, match=r"can't read .* as --init-from"):
+        few_shot_start.check_start(tmp_path, config)
+    other = replace(learned, method="mae", run_dir=tmp_path / "other")
+    program.prepare_run_dir(other)
+    with pytest.raises(UserError, match="is of a run with another net than four blocks"):
+        few_shot_start.check_start(other.run_dir, config)
+
+
+def test_means_over_seeds_have_intervals_by_students_t():
+    runs = [
+        {"simclr": {"probe": value, "probe_interval": 9.0, "collapse": collapse}}
+        for value, collapse in ((0.5, None), (0.6, "complete"), (0.7, None))
+    ]
+    numbers = over_seeds(runs)["simclr"]
+    assert numbers["probe"] == pytest.approx(0.6)
+    # 4.303 is the quantile of two degrees of freedom in the tables.
+    assert numbers["probe_interval"] == pytest.approx(4.303 * 0.1 / np.sqrt(3), rel=1e-3)
+    assert numbers["collapse"] == "complete"
+
+
+@pytest.mark.parametrize("size", [None, 20])
+def test_views_differ_and_stay_pictures(size):
     image = jnp.zeros((1, 28, 28, 1)).at[0, 6:22, 12:16].set(1.0)
-    views = np.asarray(make_views(config_of("simclr"), image, num_views=3))
-    assert views.shape == (1, 3, 28, 28, 1)
+    views = np.asarray(make_views(config_of("simclr", view_size=size), image, num_views=3))
+    assert views.shape == (1, 3, size or 28, size or 28, 1)
     assert ((views >= -1e-5) & (views <= 1 + 1e-5)).all()
     assert np.abs(views[0, 0] - views[0, 1]).max() > 0.3
+
+
+@pytest.mark.parametrize("preset", ["glyphs", "omniglot", "cifar10"])
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_every_method_of_every_preset_makes_sense_and_flags_win(preset, name):
+    def parse(*argv):
+        argv = ("--preset", preset, "--method", name, *argv)
+        return program.parse(
+            "representation", PRESETS, default="glyphs", vary=with_method, argv=argv
+        )
+
+    if name == "colorization" and preset != "cifar10":
+        return
+    config = parse()
+    check(config)
+    assert config.run_dir.name == f"representation-{preset}-{name}"
+    assert (config.view_size == 24) == (preset == "cifar10" and name in ("simclr", "byol"))
+    assert parse("--steps", "7").steps == 7
 
 
 def test_settings_without_sense_are_refused():
@@ -96,6 +243,15 @@ def test_settings_without_sense_are_refused():
         ({"num_filters": 12}, "num_filters is 12; give a multiple of 8"),
         ({"num_images": 100}, "num_images is 100; give 200 or more"),
         ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"seeds": 0}, "seeds is 0; give 1 or more"),
+        ({"dataset": "cifar10"}, "norm is batch, .*; give --net resnet or --norm group"),
+        ({"method": "mae", "view_size": 24}, "view_size is 24; .* none to mae"),
     ):
         with pytest.raises(UserError, match=message):
             check(replace(Config(), **changes))
+
+
+def test_too_few_test_images_are_refused_before_training(no_data, monkeypatch):
+    monkeypatch.setattr(representation, "run_seed", None)
+    with pytest.raises(UserError, match=r"5 shots and 8 queries need 13 examples .* class has 12"):
+        representation.main(config_of("simclr", num_queries=8, num_images=None))
