@@ -40,9 +40,12 @@ def check_start(init_from: Path, config: Config) -> None:
             f"learner is {config.learner}; with init_from give one of {', '.join(STARTED)}",
         ),
         (
-            learned.get("dataset") != config.dataset or config.split == "vinyals",
-            f"split is {config.split}, of whose test characters the net of init_from has learned "
-            "from some; leave --split out",
+            learned.get("dataset") != "omniglot"
+            or config.dataset != "omniglot"
+            or learned.get("split") == config.split,
+            f"init_from {init_from} has learned from the split {learned.get('split')}, here it is "
+            f"{config.split}, of whose test characters some may be among those; {advice} on this "
+            "split",
         ),
     )
 

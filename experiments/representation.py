@@ -148,7 +148,8 @@ def judge(
         train, val = ((extract(part.images), part.labels) for part in splits[:2])
         numbers = report.judge_by_probes(train, val, (test, splits.test.labels))
     whole = replace(config, view_size=None)
-    views = make_views(whole, splits.test.images[:NUM_ALIGNED] / np.float32(255), num_views=2)
+    some = jnp.asarray(splits.test.images[:NUM_ALIGNED]) / 255.0
+    views = make_views(whole, some, num_views=2)
     pair = [extract(255 * np.asarray(views[:, i])) for i in range(2)]
     return {**numbers, **report.measure(test, *pair)}, test
 

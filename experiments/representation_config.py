@@ -28,6 +28,8 @@ class Config:
     dataset: DatasetName = "glyphs"
     """"glyphs" is embedded; the others are sets of TFDS. Characters are judged by few shots of
     unseen ones, "cifar10" by a linear probe, nearest neighbours and fine-tuning."""
+    split: Literal["vinyals", "lake", "random1000", "random1200", "alphabets45"] = "vinyals"
+    """Class lists of Omniglot; take those of the program that is to use the features."""
     data_dir: Path | None = None
     """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
 
@@ -176,6 +178,11 @@ def check(config: Config) -> None:
         *(
             (getattr(config, name) > 0, f"{name} is {getattr(config, name)}; give more than 0")
             for name in ("rate", "temperature", "supervised_factor")
+        ),
+        (
+            config.split == "vinyals" or config.dataset == "omniglot",
+            f"split is {config.split} and dataset {config.dataset}; only omniglot has several "
+            "class lists: leave --split out",
         ),
         (config.weight_decay >= 0, f"weight_decay is {config.weight_decay}; give 0 or more"),
         (

@@ -24,7 +24,7 @@ from metagen_jax.types import PRNGKey
 # Splits of the source: to learn from, to choose probes by, to test. No character is in two of them.
 _SPLITS: dict[DatasetName, tuple[str, str, str]] = {
     "glyphs": ("train", "val", "test"),
-    "omniglot": ("vinyals/train", "vinyals/val", "vinyals/test"),
+    "omniglot": ("{}/train", "{}/val", "{}/test"),
     "cifar10": ("train[:45000]", "train[45000:]", "test"),
 }
 
@@ -55,7 +55,7 @@ def load_splits(config: Config) -> Splits:
         for split in _SPLITS[config.dataset]:
             loaded = load_images(
                 config.dataset,
-                split,
+                split.format(config.split),
                 data_dir=config.data_dir,
                 size=28 if is_characters(config) else None,
                 progress=progress,

@@ -37,13 +37,13 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """Outputs `(*batch, num_outputs)` for inputs `(*batch, inputs)`."""
-        x = jnp.asarray(x)
+        h: Array = jnp.asarray(x)
         for i, size in enumerate(self.hidden_sizes):
-            x = nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(x)
+            h = nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(h)
             if self.batch_norm:
-                x = BatchNorm(name=f"norm{i}")(x)
-            x = self.activation(x)
+                h = BatchNorm(name=f"norm{i}")(h)
+            h = self.activation(h)
         if self.num_outputs is None:
-            return x
+            return h
         head_init = self.kernel_init if self.head_init is None else self.head_init
-        return nn.Dense(self.num_outputs, kernel_init=head_init, name="head")(x)
+        return nn.Dense(self.num_outputs, kernel_init=head_init, name="head")(h)
