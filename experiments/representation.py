@@ -44,7 +44,7 @@ from experiments.representation_data import (
     mild_view,
     view_of,
 )
-from experiments.representation_method import Features, Method, rate_of
+from experiments.representation_method import Features, Method, goes_by_batch, rate_of
 from experiments.representation_methods import METHODS
 from metagen_jax.evaluation.fine_tuning import fine_tune
 from metagen_jax.evaluation.probes import extract_features, fingerprint
@@ -158,7 +158,7 @@ def features_of(
     config: Config, features: Features, train: Part, params: Params, images: np.ndarray
 ) -> np.ndarray:
     """Features of images from 0 to 255, each from itself and, if need be, images of training."""
-    num_reference = NUM_REFERENCE if config.net == "conv4" and config.norm == "batch" else 0
+    num_reference = NUM_REFERENCE if goes_by_batch(config) else 0
     order = np.random.default_rng(0).permutation(len(train.images))
     reference = jnp.asarray(train.images[order[:num_reference]])
     return extract_features(_of_bytes(features), (params, reference), images)

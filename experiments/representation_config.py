@@ -191,7 +191,10 @@ def check(config: Config) -> None:
             "fixed places",
         ),
         (
-            config.net == "resnet" or config.norm == "group" or config.dataset != "cifar10",
+            config.net == "resnet"
+            or config.norm == "group"
+            or config.dataset != "cifar10"
+            or config.method == "mae",
             "norm is batch, by which fine-tuned answers of cifar10 would depend on one another; "
             "give --net resnet or --norm group",
         ),

@@ -56,6 +56,11 @@ def encoder(config: Config, *, pooled: bool = True) -> nn.Module:
     return ResNet(None, num_filters=sizes, pooled=pooled)
 
 
+def goes_by_batch(config: Config) -> bool:
+    """Whether the encoder normalises by the images that it is given together."""
+    return config.method != "mae" and config.net == "conv4" and config.norm == "batch"
+
+
 def rate_of(config: Config, *, steps: int, peak: float | None = None) -> optax.Schedule:
     """The learning rate: warms up in a twentieth of the steps, then decays along a cosine."""
     warmup = max(1, steps // 20)
