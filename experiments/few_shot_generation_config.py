@@ -141,6 +141,9 @@ class Config:
 
     against: Path | None = None
     """Folder of a finished run of the same test episodes; the difference is reported in pairs."""
+    encoder_from: Path | None = None
+    """Folder of a run of `experiments.representation --norm group`: "set_vae" sees that net's
+    features, learned without labels, beside the pixels. They stay as they are."""
 
     seed: int = 0
     """Fixes initialisation, episodes and noise; test episodes are the same for every seed."""
@@ -247,6 +250,10 @@ def check(config: Config) -> None:
         (
             config.against is None or config.model != "gan",
             "against is given and model gan, which has no likelihoods; leave --against out",
+        ),
+        (
+            config.encoder_from is None or config.model == "set_vae",
+            f"model is {config.model}; only set_vae takes features by --encoder-from",
         ),
         (
             config.learner != "reptile" or config.outer_optimizer == "sgd",

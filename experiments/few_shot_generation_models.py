@@ -4,6 +4,7 @@ Those that learn by gradients are the models of `experiments.density` with a los
 the support set in.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from experiments import density_config
+from experiments import density_config, program
 from experiments.density_model import Model, Shape
 from experiments.density_models import MODELS
 from experiments.few_shot_generation_config import Config, ModelName
+from experiments.few_shot_start import check_net, check_split
 from metagen_jax.evaluation.likelihood import importance_sampled_log_prob
 from metagen_jax.generative.autoregressive import sample_fixed_point
 from metagen_jax.generative.flow_matching import Velocity, dequantized_matching_loss
@@ -24,8 +26,10 @@ from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_like
 from metagen_jax.generative.set_conditional import EncodeSet, Given
 from metagen_jax.generative.vae import hierarchical_inference, importance_weighted_log_prob
 from metagen_jax.nets.attention_pixelcnn import AttentionPixelCNN
+from metagen_jax.nets.conv4 import Conv4
 from metagen_jax.nets.set_vae import SetVAE
 from metagen_jax.nets.velocity import VelocityUNet
+from metagen_jax.training import load_params
 from metagen_jax.types import Batch, LossFn, Metrics, Params, PRNGKey
 
 IMPORTANCE_CHUNK = 50
@@ -136,6 +140,7 @@ def set_vae(config: Config, shape: Shape) -> Amortised:
         num_latents=config.num_latents,
         num_features=units,
         num_units=units,
+        embed=None if config.encoder_from is None else learned_features(config, shape),
     )
     apply: Callable[..., Any] = net.apply
 
@@ -170,6 +175,22 @@ def set_vae(config: Config, shape: Shape) -> Amortised:
         f"lower bound, {config.test_samples} importance samples",
         sample,
     )
+
+
+def learned_features(config: Config, shape: Shape) -> Callable[[Array], Array]:
+    """Features of images by the net of a run of `experiments.representation`.
+
+    Its norm is in groups: by the batch, those of one image would depend on others.
+    """
+    folder = config.encoder_from
+    assert folder is not None
+    advice = "give the --run-dir of a run of experiments.representation as --encoder-from"
+    learned = program.read_settings(folder, advice=advice)
+    check_net(folder, learned, {"norm": "group"}, advice=advice)
+    check_split(folder, learned, config.dataset, config.split, advice=advice)
+    net = Conv4(None, learned["num_filters"], norm="group")
+    params = load_params(folder / "net", net.init(jax.random.key(0), jnp.zeros((1, *shape))))
+    return functools.partial(net.apply, params)  # pyright: ignore[reportReturnType]
 
 
 def attention_pixelcnn(config: Config, shape: Shape) -> Amortised:

@@ -105,4 +105,5 @@ def with_model(preset: Config, line: Config) -> Config:
         chosen = replace(chosen, **{name: getattr(preset, name) for name in names})
     run_dir = preset.run_dir
     kind = chosen.model if chosen.model in AMORTISED else f"{chosen.learner}-{chosen.model}"
+    kind += "-features" if line.encoder_from is not None else ""
     return replace(chosen, run_dir=run_dir.with_name(f"{run_dir.name}-{kind}"))

@@ -1,6 +1,8 @@
-"""Few-shot learning that starts from features of `experiments.representation`."""
+"""What starts from features of `experiments.representation`, and which of its runs may serve."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from experiments import program
 from experiments.few_shot_config import Config
@@ -15,21 +17,10 @@ def check_start(init_from: Path, config: Config) -> None:
     """Raises a UserError if a run's net is another, or has learned from test characters."""
     advice = "give the --run-dir of a run of experiments.representation as --init-from"
     learned = program.read_settings(init_from, advice=advice)
-    for name in ("num_filters", "norm"):
-        there, here = learned.get(name), getattr(config, name)
-        program.require(
-            (
-                there == here,
-                f"init_from {init_from} is of a run with {name} {there}, here it is {here}; "
-                f"{advice} that has this {name}",
-            )
-        )
+    needed = {"num_filters": config.num_filters, "norm": config.norm}
+    check_net(init_from, learned, needed, advice=advice)
+    check_split(init_from, learned, config.dataset, config.split, advice=advice)
     program.require(
-        (
-            learned.get("net") == "conv4" and learned.get("method") in ("simclr", "byol"),
-            f"init_from {init_from} is of a run with another net than four blocks; {advice} by "
-            "simclr or byol with --net conv4",
-        ),
         (
             config.strided,
             "strided is False and the net of init_from has strided convolutions; leave "
@@ -39,14 +30,42 @@ def check_start(init_from: Path, config: Config) -> None:
             config.learner in STARTED,
             f"learner is {config.learner}; with init_from give one of {', '.join(STARTED)}",
         ),
+    )
+
+
+def check_net(
+    folder: Path, learned: Mapping[str, Any], needed: Mapping[str, Any], *, advice: str
+) -> None:
+    """Raises a UserError if a run has no four-block net, or one of other settings than needed."""
+    program.require(
+        *(
+            (
+                learned.get(name) == here,
+                f"{folder} is of a run with {name} {learned.get(name)}, here it is {here}; "
+                f"{advice} that has this {name}",
+            )
+            for name, here in needed.items()
+        ),
+        (
+            learned.get("net") == "conv4" and learned.get("method") in ("simclr", "byol"),
+            f"{folder} is of a run with another net than four blocks; {advice} by simclr or byol "
+            "with --net conv4",
+        ),
+    )
+
+
+def check_split(
+    folder: Path, learned: Mapping[str, Any], dataset: str, split: str, *, advice: str
+) -> None:
+    """Raises a UserError if a run may have learned from characters that are to be unseen."""
+    program.require(
         (
             learned.get("dataset") != "omniglot"
-            or config.dataset != "omniglot"
-            or learned.get("split") == config.split,
-            f"init_from {init_from} has learned from the split {learned.get('split')}, here it is "
-            f"{config.split}, of whose test characters some may be among those; {advice} on this "
-            "split",
-        ),
+            or dataset != "omniglot"
+            or learned.get("split") == split,
+            f"{folder} has learned from the split {learned.get('split')}, here it is {split}, of "
+            f"whose test characters some may be among those; {advice} on this split",
+        )
     )
 
 

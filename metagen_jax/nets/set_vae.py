@@ -33,6 +33,8 @@ class SetVAE(nn.Module):
       num_features: of each example, whose mean is taken.
       num_units: of each hidden layer.
       num_params: numbers that the decoder gives for each element of the example.
+      embed: what is known of examples, `(n, *shape) -> (n, known)`, such as features learned
+        without labels; the features are then of both and it stays as it is. None for nothing.
       activation: between layers.
     """
 
@@ -43,6 +45,7 @@ class SetVAE(nn.Module):
     num_units: int = 256
     num_params: int = 1
     activation: Callable[[Array], Array] = nn.elu
+    embed: Callable[[Array], Array] | None = None
 
     def setup(self):
         def mlp(num_layers: int, num_outputs: int) -> MLP:
@@ -58,7 +61,11 @@ class SetVAE(nn.Module):
     def encode(self, examples: Float[AnyArray, "n *shape"]) -> Float[Array, "n features"]:
         """Features of each example by itself."""
         examples = jnp.asarray(examples)
-        return self.features(examples.reshape(len(examples), math.prod(self.shape)))
+        inputs = examples.reshape(len(examples), math.prod(self.shape))
+        if self.embed is not None:
+            known = jax.lax.stop_gradient(self.embed(examples))
+            inputs = jnp.concatenate([inputs, known], axis=1)
+        return self.features(inputs)
 
     def __call__(
         self,

@@ -11,12 +11,14 @@ import pytest
 
 from experiments import (
     few_shot_config,
+    few_shot_generation_config,
     few_shot_start,
     program,
     representation,
     representation_data,
     representation_report,
 )
+from experiments.few_shot_generation_models import learned_features
 from experiments.few_shot_learners import LEARNERS
 from experiments.representation_config import (
     PRESETS,
@@ -192,6 +194,15 @@ def test_few_shot_learning_starts_from_the_same_net_alone(tmp_path):
             few_shot_start.check_start(learned.run_dir, replace(config, **changes))
     with pytest.raises(UserError, match=r"can't read .* as --init-from"):
         few_shot_start.check_start(tmp_path, config)
+    generating = replace(few_shot_generation_config.PRESETS["omniglot-lake"], model="set_vae")
+    for changes, message in (
+        ({}, "with norm batch, here it is group"),
+        ({"norm": "group"}, "lake"),
+    ):
+        folder = tmp_path / f"encoder{len(changes)}"
+        program.prepare_run_dir(replace(learned, run_dir=folder, **changes))
+        with pytest.raises(UserError, match=message):
+            learned_features(replace(generating, encoder_from=folder), (28, 28, 1))
     other = replace(learned, method="mae", run_dir=tmp_path / "other")
     program.prepare_run_dir(other)
     with pytest.raises(UserError, match="is of a run with another net than four blocks"):

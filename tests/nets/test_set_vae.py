@@ -138,3 +138,22 @@ def test_every_parameter_counts_and_extremes_are_finite():
         assert np.abs(grad).max() > 0, path
     large = jax.tree.map(lambda p: jnp.float32(1e3 * p), weights)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(value_and_grad(large)))
+
+
+def test_what_is_known_of_an_example_stands_beside_it_and_stays_as_it_is():
+    def known(scale, x):
+        return scale * x[:, 0]
+
+    given = examples(2)
+    net = NET.clone(embed=lambda x: known(2.0, x))
+    weights = net.init(KEY, given, method="encode")
+    beside = np.concatenate([given.reshape(2, 6), 2 * given[:, 0]], 1)
+    plain = SetVAE((9,), num_context=3, num_latents=2, num_features=4, num_units=5)
+    expected = plain.apply(weights, beside, method="encode")
+    np.testing.assert_allclose(net.apply(weights, given, method="encode"), expected, rtol=1e-12)
+
+    def total(scale):
+        learning = NET.clone(embed=lambda x: known(scale, x))
+        return learning.apply(weights, given, method="encode").sum()
+
+    assert jax.grad(total)(2.0) == 0
