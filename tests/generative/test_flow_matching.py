@@ -12,6 +12,7 @@ import references
 
 from metagen_jax.errors import UserError
 from metagen_jax.generative.flow_matching import (
+    dequantized_matching_loss,
     flow_matching_log_prob,
     flow_matching_loss,
     flow_matching_sample,
@@ -19,7 +20,7 @@ from metagen_jax.generative.flow_matching import (
     integrate,
 )
 from metagen_jax.generative.maximum_likelihood import negative_log_likelihood_loss
-from metagen_jax.gradients import gradients
+from metagen_jax.gradients import gradients, task_keys
 from metagen_jax.meta.maml import maml_loss
 from metagen_jax.parallel import data_parallel
 from metagen_jax.types import Episode
@@ -312,3 +313,27 @@ def test_says_what_is_needed():
             flow_matching_log_prob(wrong, **{**options, name: 0})
     with pytest.raises(UserError, match=r"known has shape \(2,\) for an example of shape \(3,\)"):
         inpaint(KEY, wrong, {}, jnp.zeros(3), jnp.ones(2, bool), num_steps=1)
+
+
+@pytest.mark.parametrize("num_levels", [2, 256])
+def test_levels_are_matched_as_numbers_between_minus_one_and_one(num_levels):
+    def velocity(params, x, t, condition):
+        del t
+        return params * x + condition
+
+    keys = jax.random.split(KEY, 3)
+    levels = jnp.array([[0, 1], [1, 1], [num_levels - 1, 0]], jnp.uint8)
+    conditions = jnp.array([0.0, 1.0, 2.0])
+    loss_fn = dequantized_matching_loss(velocity, num_levels=num_levels)
+    loss, metrics = jax.jit(loss_fn)(0.3, (levels, conditions), keys)
+    halves = [jax.random.split(key) for key in keys]
+    noise = np.stack([jax.random.uniform(key, (2,)) for key, _ in halves])
+    reals = (np.asarray(levels, np.float32) + noise) / num_levels * 2 - 1
+    loss_keys = jnp.stack([key for _, key in halves])
+    expected, _ = flow_matching_loss(velocity)(0.3, (jnp.asarray(reals), conditions), loss_keys)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert metrics == {}
+    # One key is one for each example.
+    together, _ = loss_fn(0.3, (levels, conditions), KEY)
+    alone, _ = loss_fn(0.3, (levels, conditions), task_keys(KEY, 3))
+    assert together == alone
