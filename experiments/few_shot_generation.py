@@ -30,6 +30,7 @@ filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018.
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -157,8 +158,17 @@ def first_params(config: Config, learner: Learner, data: ClassData) -> Params:
     if config.init_from is None:
         return params
     if isinstance(params, MetaParams):  # The model's own; the rule begins as ever.
-        return params._replace(init=load_params(config.init_from, params.init))
-    return load_params(config.init_from, params)
+        return params._replace(init=params_of_run(config.init_from, params.init))
+    return params_of_run(config.init_from, params)
+
+
+def params_of_run(run_dir: Path, like: Params) -> Params:
+    """The best parameters of another run of the same model, of the learners without a rule."""
+    advice = "give the run_dir of a run for --init-from"
+    settings = program.read_settings(run_dir, advice=advice)
+    if settings.get("average_decay"):
+        return load_params(run_dir, Averaged(like, like)).average
+    return load_params(run_dir, like)
 
 
 def evaluate(

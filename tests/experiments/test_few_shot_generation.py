@@ -161,11 +161,15 @@ def test_models_and_learners_bring_their_settings_and_flags_win():
 
     attention = parse("--preset", "omniglot-lake", "--model", "attention_pixelcnn")
     assert (attention.learner, attention.train_shots) == ("amortised", 9)
-    assert (attention.resampling, attention.steps) == ("corner", 4500)
+    assert (attention.resampling, attention.steps) == ("corner", 9000)
     assert attention.run_dir.name == "few_shot_generation-omniglot-lake-attention_pixelcnn"
     reptile = parse("--learner", "reptile", "--inner-steps", "7")
     assert (reptile.outer_optimizer, reptile.inner_steps) == ("sgd", 7)
     assert reptile.run_dir.name == "few_shot_generation-glyphs-reptile-vae"
+    omniglot = "--preset", "omniglot-lake", "--model", "pixelcnn"
+    steps = [parse(*omniglot, "--learner", name).steps for name in ("maml", "pretrained")]
+    assert steps == [3500, 21_000]  # Of about the same minutes.
+    assert parse(*omniglot, "--steps", "70").steps == 70
     assert parse("--preset", "omniglot-alphabets").image_size == 26
     assert parse("--preset", "smoke", "--model", "flow_matching").num_test_tasks == 6
 
