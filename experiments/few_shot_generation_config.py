@@ -70,6 +70,10 @@ class Config:
     """Channels of convolutional models."""
     num_layers: int = 5
     """Layers of a PixelCNN, with or without attention."""
+    attention_layers: tuple[int, ...] = (2, 4)
+    """Those that look at the support set by attention, from 1."""
+    attention_stride: int = 4
+    """Side of the cells, in pixels, that they look at; 2 takes about twice the time of 4."""
     train_samples: int = 1
     """Importance samples of the bound that trains the set VAE; the other VAEs take 1."""
 
@@ -160,6 +164,7 @@ _COUNTS = (
     "num_latents",
     "num_filters",
     "num_layers",
+    "attention_stride",
     "train_shots",
     "num_queries",
     "inner_steps",
@@ -181,8 +186,6 @@ def check(config: Config) -> None:
     least: dict[str, int] = dict.fromkeys(_COUNTS, 1)
     least |= {"use_tasks": 2 if config.use_tasks else 0, "use_ways": 2, "warmup_steps": 0}
     least |= dict.fromkeys(("num_validation_tasks", "num_choice_tasks", "num_test_tasks"), 2)
-    if config.model == "attention_pixelcnn":
-        least["num_layers"] = 5
     if config.num_test_classes is not None:
         least["num_test_classes"] = 1
     program.require(
@@ -224,6 +227,12 @@ def check(config: Config) -> None:
             config.inner_optimizer == "sgd" or config.learner in ("maml", "fomaml"),
             f"inner_optimizer is {config.inner_optimizer} and learner {config.learner}; only maml "
             "and fomaml have a choice: leave --inner-optimizer out",
+        ),
+        (
+            config.model != "attention_pixelcnn"
+            or all(1 <= layer < config.num_layers for layer in config.attention_layers),
+            f"attention_layers is {config.attention_layers} and num_layers {config.num_layers}; "
+            f"give numbers from 1 to {config.num_layers - 1}",
         ),
         (
             config.train_samples == 1 or config.model == "set_vae",

@@ -196,7 +196,12 @@ def learned_features(config: Config, shape: Shape) -> Callable[[Array], Array]:
 def attention_pixelcnn(config: Config, shape: Shape) -> Amortised:
     """The PixelCNN that attends to the support set."""
     net = AttentionPixelCNN(
-        shape, features=config.num_filters, num_layers=config.num_layers, num_outputs=shape[2]
+        shape,
+        num_outputs=shape[2],
+        features=config.num_filters,
+        num_layers=config.num_layers,
+        attention_layers=config.attention_layers,
+        stride=config.attention_stride,
     )
     apply: Callable[..., Any] = net.apply
 

@@ -202,6 +202,15 @@ def test_presets_are_settings_that_make_sense(preset):
             {"learner": "pretrained", "inner_optimizer": "adam"},
             "inner_optimizer is adam and learner pretrained; only maml",
         ),
+        (
+            {
+                "learner": "amortised",
+                "model": "attention_pixelcnn",
+                "vary_shots": False,
+                "attention_layers": (1, 5),
+            },
+            r"attention_layers is \(1, 5\) and num_layers 5; give numbers from 1 to 4",
+        ),
         ({"train_samples": 5}, "train_samples is 5 and model vae; only set_vae"),
         ({"warmup_steps": 4}, "warmup_steps is 4 and steps 4; give fewer"),
         ({"average_decay": 1.0}, r"average_decay is 1\.0; give 0, or a number below 1"),
