@@ -95,12 +95,12 @@ def report(
         curves,
         config.run_dir / "nll_by_shots.png",
         title=title,
-        published=PUBLISHED if _as_published(config) else None,
+        published=PUBLISHED if as_published(config) else None,
     )
     return {"nll_by_shots": by_shots} | ({} if other is None else {"against": other.name})
 
 
-def _as_published(config: Config) -> bool:
+def as_published(config: Config) -> bool:
     """Whether pixels, classes and draws are those of the published figures."""
     lake = config.dataset == "omniglot" and config.split == "lake"
     pixels = config.image_size, config.resampling, config.values

@@ -15,6 +15,7 @@ from experiments.few_shot_generation_config import Config
 from experiments.few_shot_generation_learners import Learner, make_learner
 from experiments.few_shot_generation_models import adaptive, density_model
 from experiments.few_shot_generation_presets import PRESETS, with_model
+from experiments.few_shot_generation_report import as_published
 from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
 from metagen_jax.training import load_params
@@ -187,6 +188,22 @@ def test_only_runs_of_the_same_episodes_are_compared(tmp_path):
         load_other(config)
     with pytest.raises(UserError, match=r"can't read .*config\.json"):
         load_other(replace(config, against=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "theirs"),
+    [
+        ("omniglot-lake", {"replacement": "test"}, True),
+        ("omniglot-lake", {"replacement": "always"}, True),
+        ("omniglot-lake", {}, False),
+        ("omniglot-lake", {"replacement": "test", "num_test_classes": 100}, False),
+        ("omniglot-lake", {"replacement": "test", "values": "bernoulli"}, False),
+        ("omniglot-characters", {"replacement": "test"}, False),
+        ("glyphs", {"replacement": "test"}, False),
+    ],
+)
+def test_published_figures_stand_beside_those_of_their_protocol_alone(preset, settings, theirs):
+    assert as_published(replace(PRESETS[preset], **settings)) == theirs
 
 
 @pytest.mark.usefixtures("small_data")
