@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
@@ -17,6 +16,7 @@ from experiments.language_encoder import (
     get_encoder,
     in_blocks,
     init_encoder,
+    mean_features,
     net_of,
     train,
 )
@@ -118,11 +118,7 @@ def tune(
     head = MLP((), num_classes, head_init=nn.initializers.zeros)
 
     def logits(params: Params, rows: tuple[Array, Array]) -> Array:
-        tokens, documents = rows
-        features = net.apply(params["net"], tokens, documents, method="encode")
-        assert isinstance(features, jax.Array)
-        there = (documents != 0)[..., None]
-        mean = jnp.where(there, features, 0).sum(1) / jnp.maximum(there.sum(1), 1)
+        mean = mean_features(net, params["net"], *rows)
         outputs = head.apply(params["head"], mean)
         assert isinstance(outputs, jax.Array)
         return outputs

@@ -39,7 +39,7 @@ class Config:
     depth: int = 4
     """Blocks of the transformer."""
     num_heads: int = 4
-    """Heads of an attention."""
+    """Heads of an attention, an even number: half of them look back and half ahead."""
 
     mask_share: float = 0.15
     """Of the tokens, how many are hidden."""
@@ -118,7 +118,7 @@ def check(config: Config) -> None:
         "pair_length": 8,
         "width": 1,
         "depth": 1,
-        "num_heads": 1,
+        "num_heads": 2,
         "steps": 1,
         "batch_size": 1,
         "tune_steps": 1,
@@ -144,6 +144,11 @@ def check(config: Config) -> None:
             config.pair_length <= config.row_length,
             f"pair_length is {config.pair_length} and row_length {config.row_length}; give at most "
             "that",
+        ),
+        (
+            config.num_heads % 2 == 0,
+            f"num_heads is {config.num_heads}; half of them look back and half ahead, give an even "
+            "number",
         ),
         (
             config.width % config.num_heads == 0,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from experiments import program
 from experiments.language_config import Config
@@ -47,8 +47,19 @@ def net_of(config: Config, corpus: Corpus) -> Transformer:
         depth=config.depth,
         num_heads=config.num_heads,
         hidden_width=4 * config.width,
+        by_distance=True,
         num_types=2,
     )
+
+
+def mean_features(
+    net: Transformer, params: Params, tokens: Array, documents: Array, types: Array | None = None
+) -> Float[Array, "n width"]:
+    """The mean over the tokens of each row, what the other tasks begin with."""
+    features = net.apply(params, tokens, documents, types, method="encode")
+    assert isinstance(features, jax.Array)
+    there = (documents != 0)[..., None]
+    return jnp.where(there, features, 0).sum(1) / jnp.maximum(there.sum(1), 1)
 
 
 def rows_of(config: Config, corpus: Corpus, documents: Documents) -> Rows:

@@ -12,7 +12,14 @@ from jaxtyping import Array, Bool
 
 from experiments.language_config import Config
 from experiments.language_data import Corpus, pairs_of
-from experiments.language_encoder import SPECIAL, get_encoder, in_blocks, net_of, train
+from experiments.language_encoder import (
+    SPECIAL,
+    get_encoder,
+    in_blocks,
+    mean_features,
+    net_of,
+    train,
+)
 from metagen_jax.data.text import PAD, SentencePairs
 from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.bag_of_words import count_tokens, fit_bags
@@ -34,9 +41,8 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
     head_params = head.init(jax.random.key(config.seed), np.zeros((1, config.width), np.float32))
 
     def logits(params: Params, tokens: Array, documents: Array, types: Array) -> Array:
-        features = net.apply(params["net"], tokens, documents, types, method="encode")
-        assert isinstance(features, jax.Array)
-        outputs = head.apply(params["head"], features[:, 0])
+        mean = mean_features(net, params["net"], tokens, documents, types)
+        outputs = head.apply(params["head"], mean)
         assert isinstance(outputs, jax.Array)
         return outputs[:, 0]
 

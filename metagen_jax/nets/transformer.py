@@ -70,7 +70,7 @@ def document_mask(documents: Int[Array, "*batch t"], *, causal: bool) -> Bool[Ar
 def distance_bias(
     num_heads: int, queries: Int[Array, " q"], keys: Int[Array, " k"], *, causal: bool
 ) -> Float[Array, "heads q k"]:
-    """`-8^-i |q - k|`, so that heads see the nearer the more; minus infinity on their other side.
+    """`-16^-i |q - k|`, so that heads see the nearer the more; minus infinity on their other side.
 
     `i` is 0, 1, ... over the heads that look back, and again over those that look ahead, half of
     all where a net is not causal. All see the token itself. After section 3 of Press et al. 2022,
@@ -83,7 +83,7 @@ def distance_bias(
     """
     gap = queries[:, None] - keys
     backward = num_heads if causal else num_heads // 2
-    slopes = 8.0 ** -jnp.arange(backward)
+    slopes = 16.0 ** -jnp.arange(backward)
     falling = -slopes[:, None, None] * jnp.abs(gap)
     back, ahead = (jnp.where(side, falling, -jnp.inf) for side in (gap >= 0, gap <= 0))
     return back if causal else jnp.concatenate([back, ahead])

@@ -34,11 +34,11 @@ def float64():
 def slope(net, head, gap):
     """How much less a head sees for each token farther away."""
     if net.causal:
-        return -(8.0**-head)
+        return -(16.0**-head)
     back, ahead = range(net.num_heads // 2), range(net.num_heads // 2, net.num_heads)
     if (gap < 0 and head in back) or (gap > 0 and head in ahead):
         return -np.inf
-    return -(8.0 ** -(head % (net.num_heads // 2)))
+    return -(16.0 ** -(head % (net.num_heads // 2)))
 
 
 def by_loop(net, params, tokens, types):
