@@ -160,7 +160,7 @@ def learn_and_judge(
 def main(config: Config) -> dict[str, Any]:
     """Trains, judges, prints the table, draws the pictures; gives the numbers by name."""
     check(config)
-    sets = {name: load(config, name) for name in config.datasets}
+    sets: dict[DatasetName, Dataset] = {name: load(config, name) for name in config.datasets}
     judged: report.Judged = {}
     trainings = {}
     for name, data in sets.items():
