@@ -46,6 +46,7 @@ def test_the_penalty_is_that_of_single_fits():
     assert probe.correct.mean() > 0.6
 
 
+@pytest.mark.slow
 def test_labels_without_reason_are_at_chance_in_validation():
     features, _ = example(60, noise=1.0, seed=2)
     labels = np.random.default_rng(3).permutation(np.arange(60) % 3)

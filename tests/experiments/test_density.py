@@ -68,7 +68,13 @@ def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_image(name, valu
         assert (completed.shape, completed.dtype) == (SHAPE, jnp.int32)
 
 
-@pytest.mark.parametrize("name", ["made", "pixelcnn", "row_lstm", "diagonal_bilstm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "row_lstm",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("made", "pixelcnn", "diagonal_bilstm")),
+    ],
+)
 def test_the_probabilities_of_all_small_images_sum_to_one(name):
     shape = (2, 2, 1)
     model = MODELS[name](config_of(name, values="static"), shape)

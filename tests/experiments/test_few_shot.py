@@ -252,7 +252,7 @@ def test_labels_bring_a_folder_of_their_own_and_umtra_knows_one_shot():
 
     config = parse("--preset", "omniglot-5w1s", "--learner", "prototypical", "--labels", "cactus")
     assert str(config.run_dir) == "runs/few_shot-omniglot-5w1s-prototypical-cactus"
-    assert config.train_ways == 60
+    assert config.train_ways == 20
     assert not config.baselines
     with pytest.raises(UserError, match="umtra knows one picture of each class"):
         few_shot.check(dataclasses.replace(SMOKE, labels="umtra", num_shots=5))

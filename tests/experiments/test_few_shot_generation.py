@@ -94,6 +94,7 @@ def test_every_learner_and_model_has_a_direction_likelihoods_and_samples(learner
         assert (drawn.shape, drawn.dtype) == ((4, 8, 8, 1), jnp.float32)
 
 
+@pytest.mark.slow
 def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
     config = config_of("maml", "pixelcnn")
     data = few_shot_generation_data.to_class_data(config, pictures(), 4, 1, "test")

@@ -60,6 +60,7 @@ def images(count, seed=0):
     return jax.random.bernoulli(jax.random.key(seed), 0.5, (count, *SHAPE)).astype(jnp.int32)
 
 
+@pytest.mark.slow
 def test_learned_rates_begin_as_the_inner_rate_and_both_fine_tunings_are_their_optimisers():
     rate = 0.03
     by_name, params = {}, None

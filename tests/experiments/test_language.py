@@ -63,6 +63,7 @@ def test_blocks_join_to_the_whole():
     np.testing.assert_array_equal(in_blocks(double, 2.0, x, block_size=9), 2 * x)
 
 
+@pytest.mark.slow
 def test_another_task_begins_with_the_net_of_a_run(tmp_path):
     first = replace(SMOKE, run_dir=tmp_path / "masked")
     program.prepare_run_dir(first)

@@ -68,6 +68,7 @@ def test_settings_that_cannot_work_are_refused(settings, says):
     assert says in str(raised.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learner", ["maml", "meta_sgd", "prototypical", "matching"])
 def test_the_net_of_a_run_is_taken_without_its_head(learner, tmp_path):
     params = write_run(tmp_path, learner)

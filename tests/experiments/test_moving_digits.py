@@ -34,6 +34,7 @@ def test_errors_are_those_of_the_frames_that_follow():
     np.testing.assert_array_equal(copied.future, errors.future_copied)
 
 
+@pytest.mark.slow
 def test_films_of_one_key_are_the_same_and_those_of_a_larger_draw_begin_with_them():
     key = jax.random.key(1)
     few, many = (draw_films(key, PICTURES, config=SMALL, num_films=n) for n in (2, 4))

@@ -11,7 +11,7 @@ import pytest
 
 from experiments import (
     few_shot_config,
-    few_shot_generation_config,
+    few_shot_generation_presets,
     few_shot_start,
     program,
     representation,
@@ -194,7 +194,7 @@ def test_few_shot_learning_starts_from_the_same_net_alone(tmp_path):
             few_shot_start.check_start(learned.run_dir, replace(config, **changes))
     with pytest.raises(UserError, match=r"can't read .* as --init-from"):
         few_shot_start.check_start(tmp_path, config)
-    generating = replace(few_shot_generation_config.PRESETS["omniglot-lake"], model="set_vae")
+    generating = replace(few_shot_generation_presets.PRESETS["omniglot-lake"], model="set_vae")
     for changes, message in (
         ({}, "with norm batch, here it is group"),
         ({"norm": "group"}, "lake"),

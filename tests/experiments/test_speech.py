@@ -58,6 +58,7 @@ def test_excerpts_are_what_they_say_and_count_what_they_saw_enough_before():
     assert len(seen) == 68, "every sample has its turn"
 
 
+@pytest.mark.slow
 def test_a_cut_counts_every_sample_once_and_is_exact():
     """In pieces, padded, the log-probability of each recording is that of the recording alone."""
     sounds = to_sounds(recordings_of(70, 9, 41), conditional=True)
@@ -79,6 +80,7 @@ def test_a_cut_counts_every_sample_once_and_is_exact():
     np.testing.assert_allclose(bits.per_task - bits.mean, expected / 40, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_what_counts_on_any_number_of_devices():
     """Of excerpts of which some end early; what does not count changes nothing."""
     sounds = to_sounds(recordings_of(30, 12, 5, 26), conditional=False)

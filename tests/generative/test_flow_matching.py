@@ -258,6 +258,7 @@ def test_loss_over_devices_is_the_same_as_on_one(float64):
     chex.assert_trees_all_close(parallel, grad_fn(net(), batch, KEY), rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.slow
 def test_finite_at_extreme_examples_in_float32():
     params = jax.tree.map(jnp.float32, net())
     log_prob = flow_matching_log_prob(tanh_velocity, num_steps=4)

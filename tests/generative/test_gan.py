@@ -100,6 +100,7 @@ def test_losses_worked_by_hand():
         np.testing.assert_allclose(function(scores), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_best_discriminator_is_the_log_ratio_and_loses_the_jensen_shannon_divergence(float64):
     """Proposition 1 and theorem 1 of Goodfellow et al. 2014; for the hinge the sign of the
     difference, which loses twice what both have in common."""

@@ -204,6 +204,7 @@ def test_vmap_jit_and_one_at_a_time_are_the_same_and_every_parameter_counts():
         assert np.abs(grad).max() > 0, path
 
 
+@pytest.mark.slow
 def test_it_is_finite_with_its_gradient_in_float32_at_extremes():
     given, image = np.float32(images(2, seed=1)), np.float32(images(1)[0])
 

@@ -69,6 +69,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path, tensors):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_every_parameter_of_a_net_has_a_name_of_its_own():
     net = Transformer(5, 6, width=4, depth=3, num_heads=2, hidden_width=3, norm="post")
     params = net.init(jax.random.key(1), TOKENS[0, :3])

@@ -68,6 +68,7 @@ def test_sizes_are_those_of_mnist_and_cifar():
         assert images.shape == (2, *shape)
 
 
+@pytest.mark.slow
 def test_a_map_in_place_of_a_vector_is_enlarged_where_it_is():
     """What differs in one corner of the map differs there alone, but for the norms."""
     net = Generator((16, 16, 3), num_filters=8)

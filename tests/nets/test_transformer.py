@@ -127,6 +127,7 @@ def test_a_token_sees_its_own_document_and_padding_sees_and_is_seen_by_nothing(n
         np.testing.assert_array_equal(np.abs(jacobian).max(-1) > 1e-12, expected)
 
 
+@pytest.mark.slow
 def test_the_next_token_is_predicted_from_those_before_it_in_its_document():
     params = random_params(CAUSAL, TOKENS)
     predict = functools.partial(CAUSAL.apply, params, method="predict_next")
@@ -167,6 +168,7 @@ def test_values_and_gradients_of_tasks_with_parameters_of_their_own_are_those_of
     chex.assert_trees_all_close(vmapped, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_values_and_gradients_are_finite_at_extremes_in_float32():
     with jax.enable_x64(False):
         queries = 1e4 * jax.random.normal(jax.random.key(0), (4, 1, 3))
@@ -190,6 +192,7 @@ def test_values_and_gradients_are_finite_at_extremes_in_float32():
                 assert np.isfinite(x).all()
 
 
+@pytest.mark.slow
 def test_padding_beyond_the_longest_document_is_harmless():
     params = random_params(PRE, TOKENS)
     tokens = np.pad(TOKENS, ((0, 0), (0, 20)))

@@ -78,6 +78,7 @@ def test_views_that_are_all_alike_lose_the_logarithm_of_the_others(temperature, 
     np.testing.assert_allclose(losses, np.full(16, np.log(15)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_supervised_contrastive_equals_a_loop_over_positives(float64):
     z, _ = pairs()
     expected = references.supervised_contrastive(z, LABELS, 0.3)

@@ -89,6 +89,7 @@ def test_nt_xent_on_devices_in_float32(method, num_devices):
     chex.assert_trees_all_close(many(*arguments), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_positives_of_a_device_are_its_own_pairs_and_its_classes_elsewhere():
     """Two devices of two examples along axes: what each finds and is distracted by, by hand."""
     # The other view of an example is on its own device; example 0 and example 2, on the other

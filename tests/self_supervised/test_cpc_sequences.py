@@ -165,6 +165,7 @@ def test_candidates_that_are_none_leave_the_loss_of_the_others_as_it_is():
     assert (grads[~valid] == 0).all()
 
 
+@pytest.mark.slow
 def test_frames_are_counted_by_the_encoder():
     params, (sequences, lengths) = example()
     halved = loss_of(num_frames=lambda lengths: lengths // 2)(params, (sequences, lengths), KEY)

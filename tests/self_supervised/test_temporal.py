@@ -59,6 +59,7 @@ def test_the_outer_frames_tell_nothing_of_the_order():
         assert abs(a.mean() - b.mean()) < 4 * np.sqrt(values.var() * 4 / 3000)
 
 
+@pytest.mark.slow
 def test_who_knows_the_time_of_a_frame_knows_the_order():
     sequences = jnp.broadcast_to(jnp.arange(8.0)[:, None], (64, 8, 1))
 
