@@ -11,12 +11,12 @@ from experiments.density_model import Model, Shape
 from metagen_jax.generative.dequantisation import dequantized_log_prob, quantize
 from metagen_jax.generative.flow_matching import (
     Velocity,
+    dequantized_matching_loss,
     flow_matching_log_prob,
-    flow_matching_loss,
     flow_matching_sample,
     inpaint,
 )
-from metagen_jax.gradients import gradients, task_keys
+from metagen_jax.gradients import gradients
 from metagen_jax.nets.velocity import VelocityUNet
 from metagen_jax.types import Batch, Metrics, Params, PRNGKey
 
@@ -28,18 +28,13 @@ def flow_matching(config: Config, shape: Shape) -> Model:
     net = VelocityUNet(num_filters=config.num_filters)
     velocity: Velocity = net.apply  # pyright: ignore[reportAssignmentType]
     num_levels = 256 if config.values == "levels" else 2
-    grad_fn = gradients(flow_matching_loss(velocity))
-
-    def to_reals(key: PRNGKey, image: Array) -> Array:
-        return 2 * (image + jax.random.uniform(key, image.shape)) / num_levels - 1
+    grad_fn = gradients(dequantized_matching_loss(velocity, num_levels=num_levels))
 
     def to_levels(x: Array) -> Array:
         return quantize(x / 2 + 0.5, num_levels=num_levels)
 
     def grad_of_images(params: Params, images: Batch, key: Array) -> tuple[Params, Metrics]:
-        keys = task_keys(key, len(images)) if key.ndim == 0 else key
-        noise_keys, loss_keys = jax.vmap(jax.random.split, out_axes=1)(keys)
-        return grad_fn(params, (jax.vmap(to_reals)(noise_keys, images), None), loss_keys)
+        return grad_fn(params, (images, None), key)
 
     log_density = flow_matching_log_prob(velocity, num_steps=LIKELIHOOD_STEPS, num_probes=1)
 

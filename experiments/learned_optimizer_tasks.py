@@ -86,8 +86,10 @@ def sample_letters(
     data: ClassData, key: PRNGKey
 ) -> tuple[Float[Array, "n pixels"], Int[Array, " n"]]:
     """All pictures of a few letters."""
-    ways = {"num_ways": NUM_CLASSES, "num_shots": EXAMPLES_PER_CLASS, "num_queries": 0}
-    return sample_episode(key, data, **ways).support
+    episode = sample_episode(
+        key, data, num_ways=NUM_CLASSES, num_shots=EXAMPLES_PER_CLASS, num_queries=0
+    )
+    return episode.support
 
 
 def sample_teacher(key: PRNGKey) -> tuple[Float[Array, "n inputs"], Int[Array, " n"]]:
