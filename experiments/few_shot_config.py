@@ -234,7 +234,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "num_tasks": 8,
         "outer_rate": 2e-3,
     },
-    "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5},
+    "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5, "num_tasks": 8},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
     "prototypical": {
         "train_ways": 20,
@@ -251,6 +251,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "reptile": 45_000,
     "imaml": 10_000,
+    "maml_plus_plus": 24_000,
     "prototypical": 20_000,
     "matching": 8000,
     "matching_fce": 8000,
