@@ -118,7 +118,7 @@ def test_features_that_know_the_class_are_worth_most_and_noise_is_at_chance(monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["simclr", "cpc", "inpainting", "mae"])
+@pytest.mark.parametrize("name", ["cpc", "inpainting"])
 def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path, no_data, monkeypatch, name):
     monkeypatch.setattr(representation, "FRACTIONS", (0.1,))
     dataset = "cifar10" if name in ("cpc", "colorization", "mae") else "glyphs"
