@@ -116,9 +116,7 @@ def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("learner", "model"), [("maml", "vae"), ("amortised", "set_vae"), ("reptile", "gan")]
-)
+@pytest.mark.parametrize(("learner", "model"), [("maml", "vae"), ("reptile", "gan")])
 def test_a_run_gives_every_number_and_picture_and_the_same_when_resumed(
     monkeypatch, tmp_path, learner, model
 ):
