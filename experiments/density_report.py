@@ -1,6 +1,5 @@
 """The table and the pictures of `experiments.density`."""
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.image_grids import plot_image_grid
 from metagen_jax.generative.editing import attribute_direction
 from metagen_jax.gradients import task_keys
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.types import Params
 
 SAMPLE_SEED, NUM_OF_ATTRIBUTE = 3, 1000
@@ -47,9 +47,8 @@ def print_table(config: Config, numbers: Mapping[str, Any]) -> None:
 def draw(config: Config, model: Model, params: Params, test: Array) -> None:
     """Draws the learning curve, samples and, of models with latents, what they make of images."""
     folder, what = config.run_dir, f"{config.model} of {config.dataset}"
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(
-        map(_renamed, lines),
+        read_metrics(folder, validation_loss="validation_nll", loss="generator_loss"),
         folder / "learning_curve.png",
         title=f"{what}: training",
         loss_label=model.loss_label,
@@ -127,12 +126,3 @@ def _draw_attribute(config: Config, model: Model, params: Params, test: Array, w
         title=f"{what}: less and more ink, by latent arithmetic",
         note="first: test images; then -1.5 to 1.5 times the difference of mean latents",
     )
-
-
-def _renamed(line: str) -> dict[str, Any]:
-    """A record as the learning curve takes it: one loss, and that of validation."""
-    record = json.loads(line)
-    for name, shown in (("validation_nll", "validation_loss"), ("generator_loss", "loss")):
-        if name in record:
-            record[shown] = record[name]
-    return record

@@ -65,12 +65,14 @@ def draw_excerpts(
 ) -> tuple[Excerpt, Float[Array, "count d"]]:
     """Excerpts from places that are drawn evenly from all elements of all sequences.
 
-    From the place on `length` elements count, as far as the sequence goes, and `warm_up` before it
-    are seen; near the beginning of a sequence the excerpt begins there, and all of it counts.
+    A place near the end is moved back until `length` elements follow, or the sequence begins. From
+    there on `length` elements count, as far as the sequence goes, and `warm_up` before it are seen;
+    near the beginning of a sequence the excerpt begins there, and all of it counts.
     """
     values, starts, conditions = sequences
     place = jax.random.randint(key, (count,), 0, len(values))
     owner = jnp.searchsorted(starts, place, side="right") - 1
+    place = jnp.minimum(place, jnp.maximum(starts[owner + 1] - length, starts[owner]))
     begin = jnp.maximum(place - warm_up, starts[owner])
     first = jnp.where(begin == starts[owner], begin, place)
     index = begin[:, None] + jnp.arange(warm_up + length)
@@ -81,33 +83,39 @@ def draw_excerpts(
 def cut(sequences: Sequences, *, length: int, reach: int) -> Cut:
     """All sequences in pieces of `length` that count, each with `reach` elements before it.
 
-    Of a net that sees no further than `reach` this is the exact likelihood; of others that of the
-    model which sees as far as the excerpt goes.
+    The first piece has nothing before it, and so many more that count. Of a net that sees no
+    further than `reach` this is the exact likelihood; of others that of the model which sees as far
+    as the excerpt goes.
     """
     values, starts = np.asarray(sequences.values), np.asarray(sequences.starts)
     pieces = [
-        (owner, first)
+        (owner, first, after)
         for owner, (start, end) in enumerate(itertools.pairwise(starts))
-        for first in range(start, end, length)
+        for first, after in itertools.pairwise(
+            [start, *range(start + reach + length, end, length), end]
+        )
     ]
-    owners, first = np.array(pieces).T
+    owners, first, after = np.array(pieces).T
     begin = np.maximum(first - reach, starts[owners])
     index = begin[:, None] + np.arange(reach + length)
-    end = np.minimum(first + length, starts[owners + 1])
-    counted = (index >= first[:, None]) & (index < end[:, None])
+    counted = (index >= first[:, None]) & (index < after[:, None])
     excerpts = Excerpt(values[np.minimum(index, len(values) - 1)], counted)
     return Cut(excerpts, np.asarray(sequences.conditions)[owners], owners)
 
 
-def excerpt_loss(predict: Callable[[Params, Array, Array], Any]) -> LossFn:
+def excerpt_loss(
+    predict: Callable[[Params, Array, Array], Any], *, axis_name: str | None = "tasks"
+) -> LossFn:
     """The mean negative log-probability, in nats, of the elements that count, exact over devices.
 
     Args:
       predict: `(params, values (n, t), conditions (n, d)) -> logits (n, t, classes)`, of each
         element given those before it.
+      axis_name: of the devices over whose excerpts the mean is taken; None in an inner loop, where
+        each has tasks of its own.
 
     Returns:
-      A loss over `(excerpts, conditions)` that takes the devices for the axis "tasks".
+      A loss over `(excerpts, conditions)`.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
@@ -116,7 +124,7 @@ def excerpt_loss(predict: Callable[[Params, Array, Array], Any]) -> LossFn:
         log_probs = categorical_log_prob(
             excerpts.values, predict(params, excerpts.values, conditions)
         )
-        return -counted_mean(log_probs, excerpts.counted, axis_name="tasks"), {}
+        return -counted_mean(log_probs, excerpts.counted, axis_name=axis_name), {}
 
     return loss_fn
 

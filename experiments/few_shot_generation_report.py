@@ -1,7 +1,6 @@
 """The table and the pictures of `experiments.few_shot_generation`."""
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.image_grids import plot_image_grid
 from metagen_jax.evaluation.shot_curves import plot_nll_by_shots
 from metagen_jax.gradients import task_keys
+from metagen_jax.runs.log import has_log, read_metrics
 from metagen_jax.types import Params
 
 # Bartunov and Vetrov 2018, table 1; 1000 importance samples, queries may be among the examples.
@@ -130,7 +130,7 @@ def draw(
     drawn = ["samples.png"]
     if learner.log_probs is not None:
         drawn.append("nll_by_shots.png")
-    if (config.run_dir / "metrics.jsonl").exists():
+    if has_log(config.run_dir):
         _draw_learning_curve(config.run_dir, f"{title}: training")
         drawn.append("learning_curve.png")
     print(f"pictures are in {config.run_dir}: {', '.join(drawn)}")
@@ -217,17 +217,8 @@ def _draw_samples(
 
 
 def _draw_learning_curve(run_dir: Path, title: str) -> None:
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-
-    def renamed(line: str) -> dict[str, Any]:
-        record = json.loads(line)
-        for name, shown in (("validation_nll", "validation_loss"), ("generator_loss", "loss")):
-            if name in record:
-                record[shown] = record[name]
-        return record
-
     plots.plot_learning_curve(
-        map(renamed, lines),
+        read_metrics(run_dir, validation_loss="validation_nll", loss="generator_loss"),
         run_dir / "learning_curve.png",
         title=title,
         loss_label="Loss of the query; validation: with 1 and 4 shots (nats)",

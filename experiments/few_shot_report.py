@@ -1,7 +1,6 @@
 """The test of `experiments.few_shot`: its tables and pictures."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from metagen_jax.data.episodes import ClassData
 from metagen_jax.evaluation import baselines, plots
 from metagen_jax.evaluation.estimates import Estimate, percent
 from metagen_jax.evaluation.few_shot import Sample, both_modes, evaluate_few_shot, transductive
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.supervised import cross_entropy_loss
 from metagen_jax.types import MetaParams, Params, PredictFn
 
@@ -172,10 +172,9 @@ def _test(
 
 def draw_learning_curve(run_dir: Path, *, title: str) -> None:
     """Draws the `metrics.jsonl` of a run into its `learning_curve.png`."""
-    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     path = run_dir / "learning_curve.png"
     plots.plot_learning_curve(
-        map(json.loads, lines),
+        read_metrics(run_dir),
         path,
         title=title,
         loss_label="Loss (nats)",

@@ -2,8 +2,11 @@
 
     python -m experiments.language                                   # Python's reference, embedded
     python -m experiments.language --preset wikitext2 --data-dir DIR
-    python -m experiments.language --preset dialogues --data-dir DIR --task order
-    python -m experiments.language --preset dialogues --data-dir DIR --task classification
+    python -m experiments.language --preset dialogues --data-dir DIR
+    python -m experiments.language --preset dialogues --data-dir DIR --task order \
+        --encoder runs/language-dialogues-masked
+    python -m experiments.language --preset dialogues --data-dir DIR --task classification \
+        --encoder runs/language-dialogues-masked
 
 "masked" trains a transformer to find hidden tokens and tests it on unseen texts, beside the
 frequencies of tokens and a count model of both neighbours. "order" goes on from that net to tell

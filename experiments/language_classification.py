@@ -10,19 +10,21 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Int32
 
 from experiments.language_config import Config
-from experiments.language_data import Corpus
+from experiments.language_data import Corpus, bags_of_words
 from experiments.language_encoder import (
-    SPECIAL,
+    encode,
     get_encoder,
-    in_blocks,
     init_encoder,
-    mean_features,
+    mean_over,
     net_of,
+    over_rows,
     train,
 )
+from metagen_jax.data import text
 from metagen_jax.data.corpora import Documents
-from metagen_jax.data.text import BEGIN, END, PAD, encode
-from metagen_jax.evaluation.bag_of_words import count_tokens, fit_bags
+from metagen_jax.data.text import BEGIN, END, PAD
+from metagen_jax.errors import UserError
+from metagen_jax.evaluation.bag_of_words import fit_bags
 from metagen_jax.evaluation.estimates import Estimate, estimate, percent
 from metagen_jax.evaluation.figures import COLOURS, finish, new_figure, save
 from metagen_jax.nets.mlp import MLP
@@ -35,7 +37,6 @@ ENCODER, SCRATCH, WORDS = "from the encoder", "from scratch", "bag of words"
 LEAST = 8
 # Of the labels that are given, the same for every --seed.
 SHARE_SEED = 1_000_000_003
-_BLOCK_SIZE = 64
 
 
 class Labelled(NamedTuple):
@@ -90,6 +91,11 @@ def label(config: Config, corpus: Corpus) -> list[Labelled]:
         tokens = beginnings(config, corpus, documents)[labels >= 0]
         rows = tokens, (tokens != PAD).astype(np.int32), labels[labels >= 0]
         parts.append(Labelled(*rows))
+    if not all(len(part.labels) for part in parts):
+        raise UserError(
+            f"no class has {LEAST} texts to learn from, and some to choose by and to test; give a "
+            "higher num_test"
+        )
     return parts
 
 
@@ -98,7 +104,7 @@ def beginnings(
 ) -> Int32[np.ndarray, "n {config.row_length}"]:
     """Of each text as much as a row holds, with special tokens around it."""
     tokens = np.full((len(documents.texts), config.row_length), PAD, np.int32)
-    for row, document in zip(tokens, encode(corpus.tokenizer, documents.texts), strict=True):
+    for row, document in zip(tokens, text.encode(corpus.tokenizer, documents.texts), strict=True):
         kept = np.concatenate([[BEGIN], document.tokens[: config.row_length - 2], [END]])
         row[: len(kept)] = kept
     return tokens
@@ -118,8 +124,8 @@ def tune(
     head = MLP((), num_classes, head_init=nn.initializers.zeros)
 
     def logits(params: Params, rows: tuple[Array, Array]) -> Array:
-        mean = mean_features(net, params["net"], *rows)
-        outputs = head.apply(params["head"], mean)
+        features = encode(net, params["net"], *rows)
+        outputs = head.apply(params["head"], mean_over(features, rows[1] != 0))
         assert isinstance(outputs, jax.Array)
         return outputs
 
@@ -130,23 +136,22 @@ def tune(
         {"net": start, "head": head_params},
         ((given.tokens, given.documents), given.labels),
         None,  # So few labels leave none to choose by: the last parameters are the result.
-        folder=config.run_dir / "classes" / name,
+        folder=config.run_dir / f"classes-{name}",
         sizes=(config.tune_steps, config.tune_batch_size, config.tune_rate),
     )
-    of_block = jax.jit(lambda params, *rows: logits(params, rows).argmax(1))
-    rows = test.tokens, test.documents
-    predicted = in_blocks(of_block, result.best_params, *rows, block_size=_BLOCK_SIZE)
-    return predicted == test.labels
+
+    def predict(params: Params, row: tuple[Array, Array]) -> Array:
+        return logits(params, (row[0][None], row[1][None]))[0].argmax()
+
+    predicted = over_rows(config, predict)(result.best_params, (test.tokens, test.documents))
+    return np.asarray(predicted) == test.labels
 
 
 def words_right(
     corpus: Corpus, given: Labelled, val: Labelled, test: Labelled, num_classes: int
 ) -> Bool[np.ndarray, " n"]:
     """The same for a logistic model of the words, whose penalty all validation texts choose."""
-    bags, of_val, of_test = (
-        count_tokens(part.tokens, num_tokens=corpus.vocab_size, ignore=SPECIAL)
-        for part in (given, val, test)
-    )
+    bags, of_val, of_test = bags_of_words(corpus, given.tokens, val.tokens, test.tokens)
     fitted = fit_bags(bags, given.labels, of_val, val.labels, num_classes=num_classes)
     return fitted(of_test).argmax(1) == test.labels
 

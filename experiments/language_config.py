@@ -136,6 +136,14 @@ def check(config: Config) -> None:
             (getattr(config, name) > 0, f"{name} is {getattr(config, name)}; give more than 0")
             for name in ("rate", "tune_rate")
         ),
+        *(
+            (
+                getattr(config, name) % max(config.num_devices or 1, 1) == 0,
+                f"{name} is {getattr(config, name)} for {config.num_devices} devices; give a "
+                "multiple",
+            )
+            for name in ("batch_size", "tune_batch_size")
+        ),
         (
             0 < config.mask_share < 1,
             f"mask_share is {config.mask_share}; give more than 0 and less than 1",
@@ -151,7 +159,7 @@ def check(config: Config) -> None:
             "number",
         ),
         (
-            config.width % config.num_heads == 0,
+            config.width % max(config.num_heads, 1) == 0,
             f"width is {config.width} for {config.num_heads} heads; give a multiple of num_heads",
         ),
         (

@@ -4,20 +4,26 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Float, Int, Int32, PyTree
 
 from experiments.language_config import Config, DatasetName
 from metagen_jax.data.corpora import Documents, load_documents, split_lines, split_sentences
 from metagen_jax.data.text import (
     SentencePairs,
+    decode,
     load_tokenizer,
     save_tokenizer,
     sentence_pairs,
     train_tokenizer,
 )
+from metagen_jax.evaluation.bag_of_words import Bags, count_tokens
+from metagen_jax.evaluation.estimates import Estimate, estimate_ratio
 from metagen_jax.types import PRNGKey
 
 TOKENIZER = "tokenizer.json"
+# Words, and marks by themselves.
+_WORD = re.compile(r"\w+|[^\w\s]")
 
 # To learn from, to choose by, to test. The dialogues' own validation and test splits are of other
 # services, so that no classifier could know them.
@@ -74,6 +80,30 @@ def pairs_of(config: Config, corpus: Corpus, documents: Documents) -> SentencePa
 
 def _turns(dialogue: str) -> list[str]:
     return [re.sub(r"^(USER|SYSTEM): ", "", line) for line in split_lines(dialogue)]
+
+
+def bags_of_words(
+    corpus: Corpus, train: Int32[np.ndarray, "n t"], *others: Int32[np.ndarray, "_ t"]
+) -> list[Bags]:
+    """How often each word stands in rows of tokens, of the words that are in `train`."""
+    words = [
+        [_WORD.findall(decode(corpus.tokenizer, row).lower()) for row in rows]
+        for rows in (train, *others)
+    ]
+    number = {word: i + 1 for i, word in enumerate(sorted({x for row in words[0] for x in row}))}
+    bags = []
+    for rows in words:
+        numbers = np.zeros((len(rows), max(1, *map(len, rows))), int)
+        for row, found in zip(numbers, rows, strict=True):
+            row[: len(found)] = [number.get(word, 0) for word in found]
+        bags.append(count_tokens(numbers, num_tokens=len(number) + 1, ignore=(0,)))
+    return bags
+
+
+def over_texts(values: Float[np.ndarray, " m"], sources: Int[np.ndarray, " m"]) -> Estimate:
+    """The mean over all values, with an interval that takes texts to be independent."""
+    _, text, counts = np.unique(sources, return_inverse=True, return_counts=True)
+    return estimate_ratio(np.bincount(text, values), counts)
 
 
 def draw_batch(key: PRNGKey, data: PyTree, *, batch_size: int) -> PyTree:

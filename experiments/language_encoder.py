@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from experiments import program
 from experiments.language_config import Config
 from experiments.language_data import Corpus, draw_batch
+from metagen_jax.data import text
 from metagen_jax.data.corpora import Documents
-from metagen_jax.data.text import MASK, SPECIAL_TOKENS, Rows, encode, pack
+from metagen_jax.data.text import MASK, SPECIAL_TOKENS, Rows, pack
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.transformer import Transformer
-from metagen_jax.parallel import data_parallel, replicate
+from metagen_jax.parallel import data_parallel, map_over_tasks, replicate
 from metagen_jax.self_supervised.masked_language import (
     Masked,
     mask_tokens,
@@ -35,7 +36,8 @@ SPECIAL = tuple(range(len(SPECIAL_TOKENS)))
 FOLDER = "masked"
 """Of the encoder's own run, where another task first makes one."""
 _OF_NET = ("dataset", "vocab_size", "row_length", "width", "depth", "num_heads")
-_BLOCK_SIZE = 64
+# Rows that a device has at once.
+_CHUNK = 32
 
 
 def net_of(config: Config, corpus: Corpus) -> Transformer:
@@ -52,19 +54,27 @@ def net_of(config: Config, corpus: Corpus) -> Transformer:
     )
 
 
-def mean_features(
+def encode(
     net: Transformer, params: Params, tokens: Array, documents: Array, types: Array | None = None
-) -> Float[Array, "n width"]:
-    """The mean over the tokens of each row, what the other tasks begin with."""
+) -> Float[Array, "n t width"]:
+    """The features of each token, what the other tasks begin with."""
     features = net.apply(params, tokens, documents, types, method="encode")
     assert isinstance(features, jax.Array)
-    there = (documents != 0)[..., None]
-    return jnp.where(there, features, 0).sum(1) / jnp.maximum(there.sum(1), 1)
+    return features
+
+
+def mean_over(
+    features: Float[Array, "n t width"], there: Bool[Array, "n t"]
+) -> Float[Array, "n width"]:
+    """The mean over the tokens of each row where `there` is true."""
+    return jnp.where(there[..., None], features, 0).sum(1) / jnp.maximum(
+        there.sum(1, keepdims=True), 1
+    )
 
 
 def rows_of(config: Config, corpus: Corpus, documents: Documents) -> Rows:
     """Texts as packed rows."""
-    return pack(encode(corpus.tokenizer, documents.texts), length=config.row_length)
+    return pack(text.encode(corpus.tokenizer, documents.texts), length=config.row_length)
 
 
 def init_encoder(config: Config, corpus: Corpus) -> Params:
@@ -86,7 +96,7 @@ def train_encoder(config: Config, corpus: Corpus, folder: Path) -> FitResult:
         axis_name="tasks",
     )
     masked = hide(config, corpus, validation, VALIDATION_SEED)
-    evaluate = hidden_losses(net)
+    evaluate = hidden_losses(config, net)
 
     def validate(params: Params) -> dict[str, float]:
         losses, right = evaluate(params, validation, masked)
@@ -136,7 +146,7 @@ def train(
 ) -> FitResult:
     """Trains by a loss on random examples of the data; `sizes` are steps, batch and rate."""
     steps, batch_size, rate = sizes
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), max(2, steps))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
     devices = program.devices_for(config.num_devices, batch_size)
     state = init_state(params, optimizer, jax.random.key(config.seed))
@@ -176,30 +186,28 @@ def hide(config: Config, corpus: Corpus, rows: Rows, seed: int) -> Masked:
     return jax.jit(jax.vmap(of_row))(keys, rows.tokens, rows.begins_word)
 
 
-def hidden_losses(net: Transformer) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+def hidden_losses(config: Config, net: Transformer) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """`(params, rows, masked) -> (nats, right)` of all hidden tokens, in the order of reading."""
 
-    @jax.jit
-    def of_block(params: Params, inputs: Array, documents: Array, tokens: Array):
+    def of_row(params: Params, row: tuple[Array, Array, Array]):
+        inputs, documents, tokens = row
         logits = net.apply(params, inputs, documents)
         assert isinstance(logits, jax.Array)
         return token_losses(logits, tokens)
 
+    of_rows = over_rows(config, of_row)
+
     def evaluate(params: Params, rows: Rows, masked: Masked) -> tuple[np.ndarray, np.ndarray]:
-        arrays = np.asarray(masked.inputs), rows.documents, rows.tokens
-        results = in_blocks(of_block, params, *arrays, block_size=_BLOCK_SIZE)
-        losses, right = (result[np.asarray(masked.chosen)] for result in results)
+        results = of_rows(params, (masked.inputs, rows.documents, rows.tokens))
+        losses, right = (np.asarray(x)[np.asarray(masked.chosen)] for x in results)
         return losses, right
 
     return evaluate
 
 
-def in_blocks(function: Callable, params: Params, *arrays: np.ndarray, block_size: int) -> Any:
-    """`function(params, *arrays)` in blocks of one size, of which the last is filled up."""
-    num, results = len(arrays[0]), []
-    for start in range(0, num, block_size):
-        block = [x[start : start + block_size] for x in arrays]
-        missing = min(block_size, num) - len(block[0])
-        filled = [np.concatenate([x, np.repeat(x[:1], missing, axis=0)]) for x in block]
-        results.append(jax.device_get(function(params, *filled)))
-    return jax.tree.map(lambda *x: np.concatenate(x)[:num], *results)
+def over_rows(
+    config: Config, of_row: Callable[[Params, Any], Any]
+) -> Callable[[Params, PyTree], Any]:
+    """A function of one row, such as `(tokens, documents)`, for many, on all devices."""
+    devices = jax.local_devices()[: config.num_devices]
+    return jax.jit(map_over_tasks(of_row, devices=devices, chunk=_CHUNK))

@@ -1,6 +1,5 @@
 """The task "masked" of `experiments.language`: hidden tokens, beside counts of neighbours."""
 
-import json
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ import rich.table
 from jaxtyping import Float, Int
 
 from experiments.language_config import Config
-from experiments.language_data import Corpus
+from experiments.language_data import Corpus, over_texts
 from experiments.language_encoder import (
     TEST_SEED,
     hidden_losses,
@@ -23,13 +22,14 @@ from experiments.language_encoder import (
 from metagen_jax.data.text import MASK, PAD, Rows, decode
 from metagen_jax.errors import writing
 from metagen_jax.evaluation import plots
-from metagen_jax.evaluation.estimates import Estimate, estimate, estimate_ratio
+from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.evaluation.figures import COLOURS, finish, new_figure, save
 from metagen_jax.evaluation.neighbour_counts import (
     fit_neighbour_counts,
     neighbour_log_prob,
     neighbours,
 )
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.self_supervised.masked_language import Masked
 from metagen_jax.types import Params
 
@@ -57,10 +57,13 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
     found = {
         UNIGRAM: count_unigrams(config, corpus, test.tokens[chosen]),
         NEIGHBOURS: count_neighbours(config, corpus, test, masked),
-        NET: Found(*hidden_losses(net)(params, test, masked)),
+        NET: Found(*hidden_losses(config, net)(params, test, masked)),
     }
     sources = test.sources[chosen]
-    models = {name: _estimates(of, sources) for name, of in found.items()}
+    models = {
+        name: {"nats": over_texts(of.nats, sources), "accuracy": over_texts(of.right, sources)}
+        for name, of in found.items()
+    }
     print_table(config, corpus, models, num_hidden=int(chosen.sum()))
     draw(config, models)
     write_examples(config, corpus, params, test, masked)
@@ -118,15 +121,6 @@ def count_neighbours(config: Config, corpus: Corpus, test: Rows, masked: Masked)
     return Found(np.concatenate(nats), np.concatenate(right).astype(float))
 
 
-def _estimates(found: Found, sources: Int[np.ndarray, " m"]) -> dict[str, Estimate]:
-    """Means over hidden tokens, with intervals that take texts to be independent."""
-    _, text, counts = np.unique(sources, return_inverse=True, return_counts=True)
-    return {
-        name: estimate_ratio(np.bincount(text, values), counts)
-        for name, values in (("nats", found.nats), ("accuracy", found.right))
-    }
-
-
 def _numbers(of: dict[str, Estimate]) -> dict[str, float]:
     numbers = {"perplexity": float(np.exp(of["nats"].mean))}
     for name, value in of.items():
@@ -160,9 +154,8 @@ def print_table(
 def draw(config: Config, models: dict[str, dict[str, Estimate]]) -> None:
     """The learning curve, and the accuracies beside each other."""
     folder = config.run_dir
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(
-        map(json.loads, lines),
+        read_metrics(folder),
         folder / "learning_curve.png",
         title=f"Masked language modelling of {config.dataset}",
         loss_label="Nats a hidden token",

@@ -1,35 +1,36 @@
 """The task "order" of `experiments.language`: which of two neighbouring segments comes first."""
 
-import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.table
+import scipy.sparse
 from flax import linen as nn
 from jaxtyping import Array, Bool
 
 from experiments.language_config import Config
-from experiments.language_data import Corpus, pairs_of
+from experiments.language_data import Corpus, bags_of_words, over_texts, pairs_of
 from experiments.language_encoder import (
-    SPECIAL,
+    encode,
     get_encoder,
-    in_blocks,
-    mean_features,
+    mean_over,
     net_of,
+    over_rows,
     train,
 )
 from metagen_jax.data.text import PAD, SentencePairs
 from metagen_jax.evaluation import plots
-from metagen_jax.evaluation.bag_of_words import count_tokens, fit_bags
-from metagen_jax.evaluation.estimates import Estimate, estimate, estimate_ratio, percent
+from metagen_jax.evaluation.bag_of_words import fit_bags
+from metagen_jax.evaluation.estimates import Estimate, estimate, percent
 from metagen_jax.nets.mlp import MLP
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.self_supervised.sentence_order import sentence_order_loss
 from metagen_jax.types import Params
 
 NET, WORDS = "transformer", "bag of words"
-_BLOCK_SIZE = 64
 
 
 def main(config: Config, corpus: Corpus) -> dict[str, Any]:
@@ -38,18 +39,23 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
     encoder = get_encoder(config, corpus)
     print(f"training by the order of {len(train_pairs.tokens):,} pairs of segments")
     net, head = net_of(config, corpus), MLP((config.width,), 1, activation=nn.tanh)
-    head_params = head.init(jax.random.key(config.seed), np.zeros((1, config.width), np.float32))
+    both = np.zeros((1, 2 * config.width), np.float32)
+    head_params = head.init(jax.random.key(config.seed), both)
 
     def logits(params: Params, tokens: Array, documents: Array, types: Array) -> Array:
-        mean = mean_features(net, params["net"], tokens, documents, types)
-        outputs = head.apply(params["head"], mean)
+        features = encode(net, params["net"], tokens, documents, types)
+        means = [mean_over(features, (documents != 0) & (types == s)) for s in (0, 1)]
+        outputs = head.apply(params["head"], jnp.concatenate(means, axis=-1))
         assert isinstance(outputs, jax.Array)
         return outputs[:, 0]
 
-    of_block = jax.jit(logits)
+    def of_row(params: Params, row: tuple[Array, Array, Array]) -> Array:
+        return logits(params, *(x[None] for x in row))[0]
+
+    of_rows = over_rows(config, of_row)
 
     def validate(params: Params) -> dict[str, float]:
-        return {"accuracy": float(is_right(of_block, params, val).mean())}
+        return {"accuracy": float(is_right(of_rows, params, val).mean())}
 
     result = train(
         config,
@@ -62,9 +68,9 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
     )
     right = {
         WORDS: words_right(corpus, train_pairs, val, test),
-        NET: is_right(of_block, result.best_params, test),
+        NET: is_right(of_rows, result.best_params, test),
     }
-    accuracies = {name: _accuracy(of, test.sources) for name, of in right.items()}
+    accuracies = {name: over_texts(of.mean(1), test.sources) for name, of in right.items()}
     better = estimate(accuracies[NET].per_task - accuracies[WORDS].per_task)
     print_table(config, accuracies, num_pairs=len(test.tokens))
     draw(config)
@@ -82,48 +88,34 @@ def main(config: Config, corpus: Corpus) -> dict[str, Any]:
     }
 
 
-def is_right(logits, params: Params, pairs: SentencePairs) -> Bool[np.ndarray, "n 2"]:
+def is_right(of_rows, params: Params, pairs: SentencePairs) -> Bool[np.ndarray, "n 2"]:
     """Whether each pair is told right in its own order, and turned round."""
-    orders = [
-        in_blocks(
-            logits, params, *(np.asarray(x[:, order]) for x in pairs[:3]), block_size=_BLOCK_SIZE
-        )
-        for order in (0, 1)
-    ]
+    rows = [tuple(x[:, order] for x in pairs[:3]) for order in (0, 1)]
+    orders = [np.asarray(of_rows(params, x)) for x in rows]
     return np.stack([orders[0] > 0, orders[1] <= 0], axis=1)
 
 
 def words_right(
     corpus: Corpus, train: SentencePairs, val: SentencePairs, test: SentencePairs
 ) -> Bool[np.ndarray, "n 2"]:
-    """The same for a logistic model of how often each token stands in either segment.
+    """The same for a logistic model of how often each word stands in either segment.
 
     Each pair is seen in both orders, so that the best weights of the second segment are minus those
     of the first: the model of both is that of the difference.
     """
-
-    def differences(pairs: SentencePairs) -> tuple[Any, np.ndarray]:
-        tokens, types = (np.concatenate([x[:, 0], x[:, 1]]) for x in (pairs.tokens, pairs.types))
-        first, second = (
-            count_tokens(
-                np.where(types == segment, tokens, PAD),
-                num_tokens=corpus.vocab_size,
-                ignore=SPECIAL,
-            )
-            for segment in (0, 1)
-        )
-        return first - second, np.repeat([1, 0], len(pairs.tokens))
-
-    (bags, labels), of_val, (of_test, expected) = map(differences, (train, val, test))
-    classifier = fit_bags(bags, labels, *of_val, num_classes=2)
-    right = classifier(of_test).argmax(1) == expected
-    return right.reshape(2, -1).T
-
-
-def _accuracy(right: Bool[np.ndarray, "n 2"], sources: np.ndarray) -> Estimate:
-    """The mean over pairs, with an interval that takes texts to be independent."""
-    _, text, counts = np.unique(sources, return_inverse=True, return_counts=True)
-    return estimate_ratio(np.bincount(text, right.mean(1)), counts)
+    parts = train, val, test
+    segments = (
+        np.concatenate([np.where(x.types[:, 0] == s, x.tokens[:, 0], PAD) for s in (0, 1)])
+        for x in parts
+    )
+    differences, labels = [], [np.repeat([1, 0], len(x.tokens)) for x in parts]
+    for bags in bags_of_words(corpus, *segments):
+        half = bags.shape[0] // 2
+        difference = bags[:half] - bags[half:]
+        differences.append(scipy.sparse.vstack([difference, -difference]).tocsr())
+    bags, of_val, of_test = differences
+    classifier = fit_bags(bags, labels[0], of_val, labels[1], num_classes=2)
+    return (classifier(of_test).argmax(1) == labels[2]).reshape(2, -1).T
 
 
 def print_table(config: Config, accuracies: dict[str, Estimate], *, num_pairs: int) -> None:
@@ -141,8 +133,8 @@ def print_table(config: Config, accuracies: dict[str, Estimate], *, num_pairs: i
 
 def draw(config: Config) -> None:
     """The learning curve."""
-    lines = (config.run_dir / "order" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = read_metrics(config.run_dir / "order")
     file = config.run_dir / "learning_curve.png"
     title = f"Order of segments of {config.dataset}"
-    plots.plot_learning_curve(map(json.loads, lines), file, title=title, loss_label="Nats a pair")
+    plots.plot_learning_curve(records, file, title=title, loss_label="Nats a pair")
     print(f"pictures are in {config.run_dir}: {file.name}")

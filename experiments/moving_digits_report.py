@@ -1,6 +1,5 @@
 """The table and the pictures of `experiments.moving_digits`."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.estimates import estimate
 from metagen_jax.evaluation.figures import COLOURS, finish, label_right, new_figure, save
 from metagen_jax.evaluation.image_grids import plot_image_grid
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.self_supervised.temporal import PredictNext, roll_out
 from metagen_jax.types import Params
 
@@ -47,9 +47,8 @@ def draw(
     folder: Path, predict: PredictNext, params: Params, films: Array, errors: Any, *, num_seen: int
 ) -> None:
     """Draws the learning curve, two films with their predictions, and the errors by frame."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(
-        map(json.loads, lines),
+        read_metrics(folder),
         folder / "learning_curve.png",
         title="Moving digits: training",
         loss_label="Mean squared error",

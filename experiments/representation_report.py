@@ -1,7 +1,6 @@
 """How `experiments.representation` judges features, its table and its pictures."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +30,7 @@ from metagen_jax.evaluation.probes import (
     uniformity,
 )
 from metagen_jax.meta.metric import prototypical_predict
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.similarity import unit_rows
 from metagen_jax.types import Params, PredictFn
 
@@ -173,9 +173,8 @@ def draw(
 ) -> None:
     """Draws the learning curve, neighbours, a map and what the method sees or draws."""
     folder, what = config.run_dir, f"{config.method} of {config.dataset}"
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(
-        map(json.loads, lines), folder / "learning_curve.png", title=f"{what}: training"
+        read_metrics(folder), folder / "learning_curve.png", title=f"{what}: training"
     )
     some = np.random.default_rng(0).permutation(len(splits.test.images))
     images = splits.test.images / np.float32(255)

@@ -2,7 +2,7 @@
 
     python -m experiments.speech                                     # embedded tones
     python -m experiments.speech --preset digits --data-dir DIR
-    python -m experiments.speech --preset digits --resume --digit 7 --speaker jackson
+    python -m experiments.speech --preset digits --data-dir DIR --resume --digit 7 --speaker jackson
 
 Trains a WaveNet of mu-law codes by maximum likelihood, told who speaks and what is said, keeps the
 parameters that validate best, and reports bits a sample of the test recordings, exact, beside those
@@ -23,7 +23,14 @@ from experiments import program, speech_report
 from experiments.excerpts import Excerpt, Sequences, cut, draw_excerpts, excerpt_loss
 from experiments.speech_config import PRESETS, Config, check, with_source
 from experiments.speech_data import load_splits, to_sounds
-from experiments.speech_model import bits_a_sample, make_log_prob, make_net, references, told
+from experiments.speech_model import (
+    bits_a_sample,
+    key_of,
+    make_log_prob,
+    make_net,
+    references,
+    told,
+)
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.gradients import gradients
@@ -113,7 +120,7 @@ def compare(bits: dict[str, Estimate]) -> dict[str, float]:
     """Bits a sample of each model by name, and how many fewer the first needs than each other."""
     numbers, first = {}, next(iter(bits.values()))
     for name, of in bits.items():
-        key = name.lower().replace(" ", "_").replace("-", "_")
+        key = key_of(name)
         numbers |= {f"{key}_bits": float(of.mean), f"{key}_interval": float(of.interval)}
         if of is not first:
             gain = estimate(of.per_task - first.per_task)

@@ -1,6 +1,5 @@
 """The table, the pictures and the sounds of `experiments.speech`."""
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxtyping import Array
 
 from experiments.speech_config import Config
 from experiments.speech_data import one_hot
-from experiments.speech_model import told
+from experiments.speech_model import key_of, told
 from metagen_jax.data.audio import RATE, Recordings, mu_law_decode, write_wav
 from metagen_jax.errors import UserError, writing
 from metagen_jax.evaluation import plots
@@ -22,6 +21,7 @@ from metagen_jax.evaluation.spectrograms import plot_spectrograms
 from metagen_jax.generative.sequences import draw_categorical, sample_wavenet
 from metagen_jax.gradients import task_keys
 from metagen_jax.nets.wavenet import WaveNet
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.types import Params, PRNGKey
 
 SAMPLE_SEED, NUM_DRAWN = 3, 5
@@ -38,7 +38,7 @@ def print_table(config: Config, numbers: Mapping[str, Any], bits: Mapping[str, E
     for column in ("bits a sample", "more than WaveNet"):
         table.add_column(column, justify="right")
     for name, of in bits.items():
-        key = f"gain_over_{name.lower().replace(' ', '_').replace('-', '_')}"
+        key = f"gain_over_{key_of(name)}"
         more = f"{numbers[key]:.3f} ± {numbers[f'{key}_interval']:.3f}" if key in numbers else ""
         table.add_row(name, f"{of.mean:.3f} ± {of.interval:.3f}", more)
     rich.console.Console(width=100).print(table)
@@ -46,22 +46,13 @@ def print_table(config: Config, numbers: Mapping[str, Any], bits: Mapping[str, E
 
 def draw_learning_curve(config: Config) -> None:
     """Draws bits a sample against steps."""
-    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = read_metrics(config.run_dir, validation_loss="validation_bits")
     plots.plot_learning_curve(
-        map(_in_bits, lines),
+        [x | {"loss": x["loss"] / np.log(2)} if x.get("loss") else x for x in records],
         config.run_dir / "learning_curve.png",
         title=f"WaveNet of {config.source}: training",
         loss_label="Bits a sample",
     )
-
-
-def _in_bits(line: str) -> dict[str, Any]:
-    record = json.loads(line)
-    if "loss" in record:
-        record["loss"] /= np.log(2)
-    if "validation_bits" in record:
-        record["validation_loss"] = record["validation_bits"]
-    return record
 
 
 def conditions_asked(config: Config, recordings: Recordings) -> list[tuple[int, int]]:
@@ -103,6 +94,8 @@ def make_samples(config: Config, net: WaveNet, params: Params, recordings: Recor
     folder = config.run_dir / "samples"
     with writing(folder):
         folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.wav"):  # Of before the run was resumed.
+            old.unlink()
     names = [_name(config, recordings, *pair) for pair in asked]
     for i, (name, sound) in enumerate(zip(names, sounds, strict=True)):
         write_wav(folder / f"{i:02d} {name}.wav", sound)

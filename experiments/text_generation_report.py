@@ -1,6 +1,5 @@
 """The table, the picture and the texts of `experiments.text_generation`."""
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from metagen_jax.evaluation.estimates import Estimate
 from metagen_jax.generative.sequences import draw_categorical, sample_transformer
 from metagen_jax.gradients import task_keys
 from metagen_jax.nets.transformer import Transformer
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.types import Params, PRNGKey
 
 if TYPE_CHECKING:
@@ -51,13 +51,8 @@ def print_table(config: Config, numbers: Mapping[str, Any], a_word: Mapping[str,
 
 def draw_learning_curve(config: Config) -> None:
     """Draws nats a token against steps."""
-    lines = (config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    for record in records:
-        if "validation_nats" in record:
-            record["validation_loss"] = record["validation_nats"]
     plots.plot_learning_curve(
-        records,
+        read_metrics(config.run_dir, validation_loss="validation_nats"),
         config.run_dir / "learning_curve.png",
         title=f"transformer of {config.dataset}: training",
         loss_label="Nats a token",

@@ -41,6 +41,7 @@ from experiments.time_series_methods import (
     METHODS,
     Method,
     Net,
+    check_length,
     features,
     make_net,
     supervised,
@@ -161,6 +162,8 @@ def main(config: Config) -> dict[str, Any]:
     """Trains, judges, prints the table, draws the pictures; gives the numbers by name."""
     check(config)
     sets: dict[DatasetName, Dataset] = {name: load(config, name) for name in config.datasets}
+    for name, data in sets.items():
+        check_length(config, name, longest(config, name, data.learned.sequences)[1])
     judged: report.Judged = {}
     trainings = {}
     for name, data in sets.items():

@@ -60,7 +60,7 @@ class Config:
 
     held_out: tuple[str, ...] = ()
     """Speakers whose recordings no net learns from, two or more; few shots are then of theirs."""
-    num_test_tasks: int = 500
+    num_test_tasks: int = 1000
     """Test episodes for each number of shots."""
     num_queries: int = 5
     """Queries of each class in them."""
@@ -131,7 +131,8 @@ def check(config: Config) -> None:
             f"held_out names speakers, and {', '.join(series)} has none; leave it out",
         ),
         (
-            len(config.held_out) != 1,
-            "held_out names one speaker; give two or more, between whom few shots can tell",
+            len(set(config.held_out)) == len(config.held_out) != 1,
+            f"held_out is {' '.join(config.held_out)}; give two or more speakers, each once, "
+            "between whom few shots can tell",
         ),
     )

@@ -98,6 +98,8 @@ def _load_sounds(config: Config, name) -> Dataset:
             f"{name} has no speaker {', '.join(sorted(unknown))}; give some of "
             f"{', '.join(speakers)}"
         )
+    if set(speakers) == set(config.held_out):
+        raise DataError(f"held_out names all speakers of {name}; leave one or more to learn from")
     scale = parts[0].samples.astype(np.float32).std()
     train, val, test = (_part_of_sounds(part, scale) for part in parts)
     if not config.held_out:

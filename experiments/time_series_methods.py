@@ -5,9 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from experiments import program
 from experiments.time_series_config import SOUNDS, Config, DatasetName, MethodName
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.gru import GRU
@@ -39,23 +41,50 @@ class Method(NamedTuple):
 
     Attributes:
       init: `(key, values) -> params`; the net's own are `params["encoder"]`, `params["context"]`.
-      grad_fn: over batches `(excerpts, labels)`; only the method "labels" looks at the latter.
+      grad_fn: over batches `(excerpts, labels)`; only `supervised` looks at the latter.
     """
 
     init: Callable[[PRNGKey, Array], Params]
     grad_fn: GradFn
 
 
+def entries_seen(config: Config, length: int) -> int:
+    """Entries of what the net sees at once, of excerpts of so many."""
+    return length // NUM_PIECES if config.method == "order_verification" else length
+
+
+def first_step(net: Net) -> int:
+    """Frames ahead of which CPC is asked first, that nothing of them has been seen."""
+    return -(-net.encoder.window // net.encoder.stride)
+
+
+def check_length(config: Config, name: DatasetName, length: int) -> None:
+    """Raises a UserError if excerpts of so many entries are too short for what is learned."""
+    net = make_net(config, name, length)
+    frames = int(net.encoder.num_frames(np.array(entries_seen(config, length))))
+    last_step = first_step(net) + config.num_steps - 1 if config.method == "cpc" else 0
+    program.require(
+        (
+            frames > last_step,
+            f"an excerpt of {name} has {frames} frames, too few for {config.method}"
+            f"{f' with num_steps {config.num_steps}' if last_step else ''}; give a larger crop"
+            f"{' or fewer steps' if last_step else ''}, or leave the set out",
+        )
+    )
+
+
 def make_net(config: Config, name: DatasetName, length: int) -> Net:
     """The net for excerpts of so many entries, of which some methods see pieces."""
-    seen = length // NUM_PIECES if config.method == "order_verification" else length
+    seen = entries_seen(config, length)
     if name in SOUNDS:
         # A frame each 10 ms, of 8000 samples a second: half the published one's of 16,000.
         windows, strides = (10, 8, 4, 4), (5, 4, 2, 2)
     elif seen >= 64:
         windows, strides = (8, 5, 3), (2, 2, 1)
-    else:
+    elif seen >= 5:
         windows, strides = (3, 3), (1, 1)
+    else:
+        windows, strides = (2, 2), (1, 1)
     return Net(StridedConv(config.num_features, windows, strides), GRU(config.num_context))
 
 
@@ -94,6 +123,7 @@ def cpc(config: Config, net: Net) -> Method:
         lambda params, frames: net.context.apply(params["context"], frames),
         predict,
         num_steps=config.num_steps,
+        first_step=first_step(net),
         num_frames=net.encoder.num_frames,
         negatives=config.negatives,
         axis_name=AXIS,

@@ -1,7 +1,6 @@
 """How `experiments.time_series` judges features, its table and its pictures."""
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from metagen_jax.evaluation.figures import COLOURS, finish, new_figure, save
 from metagen_jax.evaluation.probes import linear_probe
 from metagen_jax.evaluation.spectrograms import plot_spectrograms
 from metagen_jax.meta.metric import prototypical_predict
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.similarity import unit_rows
 from metagen_jax.types import Params, PredictFn
 
@@ -179,9 +179,8 @@ def draw_set(
 ) -> None:
     """Draws the learning curve, examples of each class, and a map of the test features."""
     folder = config.run_dir / name
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     plots.plot_learning_curve(
-        map(json.loads, lines),
+        read_metrics(folder),
         folder / "learning_curve.png",
         title=f"{config.method} of {name}: training",
     )

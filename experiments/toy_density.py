@@ -10,7 +10,6 @@ over the square that is drawn. Writes `result.json`, `density.png`, `learning_cu
 and checkpoints.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_like
 from metagen_jax.gradients import gradients, task_keys
 from metagen_jax.nets.velocity import VelocityMLP
 from metagen_jax.parallel import data_parallel, replicate
+from metagen_jax.runs.log import read_metrics
 from metagen_jax.training import FitResult, fit, init_state, train_step
 from metagen_jax.types import LossFn, Params, PRNGKey
 
@@ -303,13 +303,11 @@ def draw(
 ) -> None:
     """Draws points of the data, of the model and the model's density side by side."""
     folder, what = config.run_dir, f"{config.model} of {config.density}"
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
     # The loss of flow matching is a squared error, and no likelihood to put beside validation's.
     matching = config.model == "flow_matching"
-    shown = [r if matching else {**r, "validation_loss": r.get("validation_nll")} for r in records]
+    also = {} if matching else {"validation_loss": "validation_nll"}
     plots.plot_learning_curve(
-        shown,
+        read_metrics(folder, **also),
         folder / "learning_curve.png",
         title=f"{what}: training",
         loss_label="Squared error of the velocity" if matching else "Nats a point",

@@ -126,6 +126,7 @@ def train_tokenizer(
     else:
         raise UserError(f'level is {level!r}; give "bytes" or "characters"')
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # "[SEP]" in a text is five characters.
     return tokenizer
 
 
@@ -163,6 +164,7 @@ def load_tokenizer(file: Folder) -> "Tokenizer":
             f"{file} has the first tokens {found}; give a tokenizer that begins with "
             f"{list(SPECIAL_TOKENS)}"
         )
+    tokenizer.encode_special_tokens = True  # Its file doesn't say so.
     return tokenizer
 
 

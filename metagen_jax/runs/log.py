@@ -89,6 +89,19 @@ def has_log(run_dir: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
+def read_metrics(run_dir: Path, **also: str) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`.
+
+    Args:
+      run_dir: folder of the run.
+      also: new names of numbers by their old ones' side, where a line has them, such as
+        `validation_loss="validation_nll"`.
+    """
+    lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [x | {new: x[old] for new, old in also.items() if old in x} for x in records]
+
+
 def _end_of_step(path: Path, step: int) -> int:
     """The number of bytes of the whole lines up to and including a step."""
     end = 0

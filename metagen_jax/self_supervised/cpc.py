@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from metagen_jax.counted import counted_mean
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import task_keys
 from metagen_jax.nets.convolution import extract_patches
@@ -138,12 +139,13 @@ def cpc_sequence_loss(
     predict: Predict,
     *,
     num_steps: int,
+    first_step: int = 1,
     num_frames: Callable[[Array], Array] | None = None,
     negatives: Negatives = "batch",
     axis_name: str | None = None,
     block_size: int | None = None,
 ) -> LossFn:
-    """The mean of `info_nce` over all frames that are predicted, 1 to `num_steps` frames ahead.
+    """The mean of `info_nce` over all frames that are predicted, so many steps ahead.
 
     From the context `c_t` the prediction `W_k c_t` is to find the frame `z_{t+k}`, by the inner
     product, among the frames k, k+1, ... of all sequences, or of its own: equation 4 and section
@@ -155,12 +157,13 @@ def cpc_sequence_loss(
 
     Args:
       embed: `(params, sequences (n, t, ...)) -> frames (n, frames, features)`, such as
-        `metagen_jax.nets.strided_conv.StridedConv` gives. Frames that see entries that others also
-        see make the first steps easy.
+        `metagen_jax.nets.strided_conv.StridedConv` gives.
       contextualise: `(params, frames) -> (n, frames, context)`, of which each may see its own frame
         and those before it, such as `metagen_jax.nets.gru.GRU`.
       predict: predicts what is ahead.
-      num_steps: K, at least 1; published: 12 frames of 10 ms.
+      num_steps: how many steps are predicted; published: 12 frames of 10 ms.
+      first_step: the first of them. Where frames see entries that others also see, the first that
+        shares none with the context's own, the window over the stride, leaves nothing to copy.
       num_frames: frames of a sequence of so many entries, such as that of `StridedConv`; None for a
         frame each entry.
       negatives: "batch" or "sequence".
@@ -184,10 +187,11 @@ def cpc_sequence_loss(
         sequences, lengths = batch
         z = embed(params, sequences)
         lengths = lengths if num_frames is None else num_frames(lengths)
-        if z.ndim != 3 or not 1 <= num_steps < z.shape[1]:
+        last_step = first_step + num_steps - 1
+        if z.ndim != 3 or num_steps < 1 or first_step < 1 or last_step >= z.shape[1]:
             raise UserError(
-                f"num_steps is {num_steps} for frames of shape {z.shape}; give (n, frames, "
-                "features), and fewer steps than frames"
+                f"num_steps is {num_steps} and first_step {first_step} for frames of shape "
+                f"{z.shape}; give (n, frames, features), and a last step below the frames"
             )
         valid = jnp.arange(z.shape[1]) < lengths[:, None]
         contexts = contextualise(params, z)
@@ -199,25 +203,26 @@ def cpc_sequence_loss(
                 f"frames for each context, {expected}"
             )
         predictions = predictions.reshape(*valid.shape, num_steps, -1)
-        total, candidates, count = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
-        for step in range(1, num_steps + 1):
+        losses, logs, counted = [], [], []
+        for step in range(first_step, last_step + 1):
             of_step = valid[:, step:]
-            losses, log_num = _find(
-                predictions[:, :-step, step - 1],
+            found, log_num = _find(
+                predictions[:, :-step, step - first_step],
                 z[:, step:],
                 of_step,
                 negatives=negatives,
                 axis_name=axis_name,
                 block_size=block_size,
             )
-            total += jnp.where(of_step, losses, 0).sum()
-            candidates += jnp.where(of_step, log_num, 0).sum()
-            count += of_step.sum()
-        share = 1 / jnp.maximum(count, 1)
-        if axis_name is not None:
-            # The mean over devices of what each gives is the sum of all over the count of all.
-            share = jax.lax.axis_size(axis_name) / jnp.maximum(jax.lax.psum(count, axis_name), 1)
-        return total * share, {"information": (candidates - total) * share}
+            losses.append(found)
+            logs.append(jnp.broadcast_to(log_num, found.shape))
+            counted.append(of_step)
+        there = jnp.concatenate(counted, axis=1)
+        loss, candidates = (
+            counted_mean(jnp.concatenate(x, axis=1), there, axis_name=axis_name)
+            for x in (losses, logs)
+        )
+        return loss, {"information": candidates - loss}
 
     return loss_fn
 

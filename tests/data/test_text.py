@@ -24,7 +24,7 @@ from metagen_jax.data.text import (
 from metagen_jax.errors import DataError, UserError
 
 TEXTS = ["the cat sat on the mat", "the dog sat on the cat. The mat?", "a dog, a cat: the end"] * 3
-STRANGE = "naïve 漢字\n\ttab 😀"
+STRANGE = "naïve 漢字\n\ttab 😀 [SEP] [MASK]"
 
 
 @pytest.fixture(scope="module", params=["bytes", "characters"])

@@ -13,7 +13,6 @@ from experiments.language_data import load_corpus, pairs_of
 from experiments.language_encoder import (
     get_encoder,
     hide,
-    in_blocks,
     init_encoder,
     rows_of,
     train_encoder,
@@ -54,13 +53,6 @@ def test_words_that_come_first_are_found_by_a_bag_of_words(tmp_path):
     pairs = pairs._replace(tokens=marked)
     right = language_order.words_right(corpus, pairs, pairs, pairs)
     assert right.mean() > 0.95
-
-
-def test_blocks_join_to_the_whole():
-    x = np.arange(7.0)[:, None]
-    double = jax.jit(lambda p, x: p * x)
-    np.testing.assert_array_equal(in_blocks(double, 2.0, x, block_size=3), 2 * x)
-    np.testing.assert_array_equal(in_blocks(double, 2.0, x, block_size=9), 2 * x)
 
 
 @pytest.mark.slow
@@ -119,6 +111,8 @@ def test_a_task_has_a_folder_of_its_own():
         ({"tune_rate": 0.0}, r"tune_rate is 0\.0; give more than 0"),
         ({"mask_share": 1.0}, r"mask_share is 1\.0; give more than 0 and less than 1"),
         ({"pair_length": 64}, "pair_length is 64 and row_length 32; give at most that"),
+        ({"num_heads": 0}, "num_heads is 0; give 2 or more"),
+        ({"num_devices": 3}, "batch_size is 8 for 3 devices; give a multiple"),
         ({"width": 9}, "width is 9 for 2 heads; give a multiple of num_heads"),
         ({"encoder": Config().run_dir}, "encoder is the folder of a run of the task masked"),
         ({"task": "classification", "dataset": "wikitext2_articles"}, "has no classes"),

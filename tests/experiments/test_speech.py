@@ -54,6 +54,7 @@ def test_excerpts_are_what_they_say_and_count_what_they_saw_enough_before():
         ][:1]
         assert first == (0 if begin == 0 else 6)
         assert begin + last + 1 == min(begin + 16, len(of))
+        assert last + 1 - first >= min(10, len(of)), "none wastes what could count"
         seen |= {(owner, begin + i) for i in range(first, last + 1)}
     assert len(seen) == 68, "every sample has its turn"
 

@@ -20,7 +20,14 @@ from experiments.time_series_data import (
     padded,
     split,
 )
-from experiments.time_series_methods import METHODS, features, make_net, supervised
+from experiments.time_series_methods import (
+    METHODS,
+    check_length,
+    features,
+    first_step,
+    make_net,
+    supervised,
+)
 from experiments.time_series_report import RAW, judge, summarise
 from metagen_jax.errors import DataError, UserError
 from metagen_jax.evaluation.estimates import estimate
@@ -119,6 +126,23 @@ def test_features_that_know_the_class_are_worth_most_and_noise_is_at_chance():
         assert abs(noise.mean - 0.25) < max(3 * noise.interval, 0.15), task
 
 
+def test_every_set_of_series_is_long_enough_for_every_method_or_refused():
+    for method in get_args(MethodName):
+        for length in (15, 24, 96, 341):
+            check_length(replace(Config(), method=method), "waves", length)
+    with pytest.raises(UserError, match="has 11 frames, too few for cpc with num_steps 7"):
+        check_length(replace(Config(), num_steps=7), "waves", 15)
+    with pytest.raises(UserError, match="too few for order_verification; give a larger crop"):
+        check_length(replace(Config(), method="order_verification"), "waves", 9)
+
+
+def test_cpc_asks_first_for_a_frame_that_shares_nothing_with_the_context():
+    for length in (15, 341):
+        encoder = (net := make_net(Config(), "waves", length)).encoder
+        assert encoder.stride * (first_step(net) - 1) < encoder.window
+        assert encoder.stride * first_step(net) >= encoder.window
+
+
 def test_gains_are_those_of_the_same_examples():
     own, raw = np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 0, 0])
     judged = {"waves: class": {RAW: estimate(raw), "cpc": estimate(own)}}
@@ -146,6 +170,8 @@ def test_nothing_is_learned_from_speakers_who_are_held_out():
     assert data.val is not None
     with pytest.raises(DataError, match="tones has no speaker nobody; give some of low, middle"):
         load(replace(config, held_out=("low", "nobody")), "tones")
+    with pytest.raises(DataError, match="held_out names all speakers of tones"):
+        load(replace(config, held_out=("low", "middle", "high")), "tones")
 
 
 @pytest.mark.slow
@@ -166,7 +192,8 @@ def test_settings_without_sense_are_refused():
         ({"crop": 1.5}, "crop is 1.5, a share of each series"),
         ({"datasets": ("tones",), "method": "arrow_of_time"}, "tones has sounds of many"),
         ({"held_out": ("low", "high")}, "held_out names speakers, and waves has none"),
-        ({"datasets": ("tones",), "held_out": ("low",)}, "held_out names one speaker"),
+        ({"datasets": ("tones",), "held_out": ("low",)}, "held_out is low; give two or more"),
+        ({"datasets": ("tones",), "held_out": ("low", "low")}, "give two or more .* once"),
     ):
         with pytest.raises(UserError, match=message):
             check(replace(Config(), **changes))

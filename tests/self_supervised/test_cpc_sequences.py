@@ -44,7 +44,7 @@ def example(dtype=jnp.float32):
 loss_of = functools.partial(cpc_sequence_loss, embed, contextualise, predict, num_steps=3)
 
 
-def by_loops(params, batch, negatives):
+def by_loops(params, batch, negatives, first_step):
     """The loss and the mean of the logarithms of how many candidates there are."""
     kernel = np.asarray(params["predict"], np.float64)
     sequences, lengths = (np.asarray(x) for x in batch)
@@ -53,24 +53,24 @@ def by_loops(params, batch, negatives):
         for x, n in zip(sequences, lengths, strict=True)
     ]
     losses, logs = [], []
-    for k in (1, 2, 3):
+    for k in range(first_step, first_step + 3):
         for own in z:
             candidates = own[k:] if negatives == "sequence" else np.concatenate([x[k:] for x in z])
             for t in range(len(own) - k):
-                query = own[: t + 1].sum(0) @ kernel[:, k - 1]
+                query = own[: t + 1].sum(0) @ kernel[:, k - first_step]
                 losses.append(np.logaddexp.reduce(candidates @ query) - own[t + k] @ query)
                 logs.append(np.log(len(candidates)))
     return np.mean(losses), np.mean(logs)
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-@pytest.mark.parametrize("block_size", [None, 4])
-def test_the_loss_equals_a_loop_over_steps_frames_and_candidates(negatives, block_size):
+@pytest.mark.parametrize(("block_size", "first_step"), [(None, 1), (4, 1), (None, 3)])
+def test_the_loss_equals_a_loop_over_steps_frames_and_candidates(negatives, block_size, first_step):
     with jax.enable_x64(True):
         params, batch = example(jnp.float64)
-        loss_fn = loss_of(negatives=negatives, block_size=block_size)
+        loss_fn = loss_of(negatives=negatives, block_size=block_size, first_step=first_step)
         loss, metrics = jax.jit(loss_fn)(params, batch, KEY)
-        expected, log_num = by_loops(params, batch, negatives)
+        expected, log_num = by_loops(params, batch, negatives, first_step)
         np.testing.assert_allclose(loss, expected, rtol=1e-10)
         np.testing.assert_allclose(metrics["information"], log_num - expected, rtol=1e-6)
 
@@ -176,8 +176,10 @@ def test_frames_are_counted_by_the_encoder():
 @pytest.mark.usefixtures("ill_typed")
 def test_what_can_not_be_done_is_refused():
     params, batch = example()
-    with pytest.raises(UserError, match=r"num_steps is 7 for frames of shape \(8, 7, 3\)"):
+    with pytest.raises(UserError, match=r"num_steps is 7 and .* of shape \(8, 7, 3\)"):
         cpc_sequence_loss(embed, contextualise, predict, num_steps=7)(params, batch, KEY)
+    with pytest.raises(UserError, match="num_steps is 3 and first_step 5"):
+        loss_of(first_step=5)(params, batch, KEY)
     with pytest.raises(UserError, match="3 vectors like the frames"):
         cpc_sequence_loss(embed, contextualise, lambda p, x: x, num_steps=3)(params, batch, KEY)
     with pytest.raises(UserError, match="negatives is 'all'"):
