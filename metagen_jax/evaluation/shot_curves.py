@@ -21,14 +21,16 @@ def plot_nll_by_shots(
     path: File,
     *,
     title: str,
+    unit: str = "nats",
     published: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
     """The negative log-likelihood of the next example against the examples seen, with intervals.
 
     Args:
-      curves: by name, the estimate in nats for each number of shots.
+      curves: by name, the estimate for each number of shots.
       path: the picture to write; its suffix is the format.
       title: of the picture.
+      unit: of the estimates.
       published: by name, figures of others without an interval, drawn dashed.
     """
     figure = new_figure(8.5, 4.2, title)
@@ -40,7 +42,7 @@ def plot_nll_by_shots(
         mean = np.array([by_shots[n].mean for n in shots])
         interval = np.array([by_shots[n].interval for n in shots])
         axes.errorbar(shots, mean, interval, color=colour, marker="o", ms=4, capsize=3)
-        labels.append((float(mean[-1]), f"{name}  {mean[-1]:.1f} ± {interval[-1]:.1f}", colour))
+        labels.append((float(mean[-1]), f"{name}  {mean[-1]:.4g} ± {interval[-1]:.2g}", colour))
     for name, figures in (published or {}).items():
         shots = sorted(figures)
         axes.plot(shots, [figures[n] for n in shots], color=QUIET, ls="--", marker=".")
@@ -49,7 +51,7 @@ def plot_nll_by_shots(
     finish(
         axes,
         "examples of the class seen",
-        "Negative log-likelihood of the next one (nats), mean over episodes with 95 % interval",
+        f"Negative log-likelihood of the next one ({unit}), mean over episodes with 95 % interval",
     )
     label_right(axes, labels)
     save(figure, path)
