@@ -255,6 +255,14 @@ _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "prototypical": 20_000,
     "matching": 8000,
     "matching_fce": 8000,
+    "proto_maml": 6000,
+    "meta_curvature": 4500,
+    "cavia": 9000,
+}
+
+# What 20 ways leave no time for.
+_AT_20_WAYS: dict[LearnerName, dict[str, Any]] = {
+    "maml_plus_plus": {"inner_rate": 0.2, "inner_steps": 2, "test_steps": 2, "steps": 18_000},
 }
 
 
@@ -266,6 +274,8 @@ def with_learner(preset: Config, given: Config) -> Config:
     shortened = preset.dataset == "omniglot" and preset.num_shots == 1 and preset.cosine
     if shortened and given.learner in _OMNIGLOT_STEPS:
         settings["steps"] = _OMNIGLOT_STEPS[given.learner]
+    if shortened and preset.num_ways == 20:
+        settings |= _AT_20_WAYS.get(given.learner, {})
     kinds = {"started": given.init_from, "tested": given.checkpoint}
     ends = (*changed.values(), *(end for end, folder in kinds.items() if folder is not None))
     run_dir = preset.run_dir.with_name("-".join((preset.run_dir.name, *ends)))

@@ -130,7 +130,7 @@ def _part_of_sounds(recordings: Recordings, scale: float) -> Part:
 def split(sequences: Sequences) -> list[np.ndarray]:
     """Each sequence by itself."""
     values, starts = (np.asarray(x) for x in sequences)
-    return [values[a:b] for a, b in itertools.pairwise(starts)]
+    return np.split(values, starts[1:-1])
 
 
 def choose(part: Part, rows: np.ndarray) -> Part:
