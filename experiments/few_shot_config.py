@@ -226,13 +226,13 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "validate_every": 5000,
     },
     "imaml": {
-        "inner_rate": 0.1,
-        "inner_steps": 16,
-        "test_steps": 16,
+        "inner_rate": 0.3,
+        "inner_steps": 4,
+        "test_steps": 4,
         "strength": 0.1,
         "cg_damping": 10.0,
-        "num_tasks": 8,
-        "outer_rate": 2e-3,
+        "cg_steps": 2,
+        "num_tasks": 16,
     },
     "maml_plus_plus": {"inner_rate": 0.1, "inner_steps": 5, "test_steps": 5, "num_tasks": 8},
     "cavia": {"inner_rate": 1.0, "inner_steps": 2},
@@ -250,7 +250,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 # Outer steps of the 1-shot presets of Omniglot; experiments/README.md has the minutes of most.
 _OMNIGLOT_STEPS: dict[LearnerName, int] = {
     "reptile": 45_000,
-    "imaml": 10_000,
+    "imaml": 7000,
     "maml_plus_plus": 24_000,
     "prototypical": 20_000,
     "matching": 8000,
