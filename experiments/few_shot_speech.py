@@ -94,7 +94,7 @@ def one_piece_each(
     _, first, counts = np.unique(pieces.owners, return_index=True, return_counts=True)
     chosen = first + rng.integers(0, counts)
     excerpts = Excerpt(*(np.asarray(x)[chosen] for x in pieces.excerpts))
-    return excerpts, sounds.conditions[:, : len(recordings.label_names)]
+    return excerpts, np.asarray(sounds.conditions)[:, : len(recordings.label_names)]
 
 
 def make_net(config: Config) -> WaveNet:
@@ -219,7 +219,7 @@ def evaluate(config: Config, net: WaveNet, params: Params, splits: Splits) -> di
     after = functools.partial(
         adapted_log_probs, loss_of(net, axis_name=None), bits_of_one, rule=optax.sgd
     )
-    places = {"devices": jax.local_devices()[: config.num_devices]}
+    devices = jax.local_devices()[: config.num_devices]
     ask = after(num_steps=config.test_steps, every_step=True)
     candidates = {rate: MetaParams(params, jnp.float32(rate)) for rate in config.rates}
     rows = {}
@@ -234,7 +234,7 @@ def evaluate(config: Config, net: WaveNet, params: Params, splits: Splits) -> di
                 num_shots=num_shots,
                 key=jax.random.key(CHOICE_SEED),
                 num_tasks=config.num_choice_tasks,
-                **places,
+                devices=devices,
             )
             rate, steps = chosen.candidate, chosen.num_steps
         adapted = after(num_steps=steps)
@@ -247,7 +247,7 @@ def evaluate(config: Config, net: WaveNet, params: Params, splits: Splits) -> di
                 num_shots=num_shots,
                 key=jax.random.key(TEST_SEED),
                 num_tasks=config.num_test_tasks,
-                **places,
+                devices=devices,
             )
             for speaker, data in splits.test.items()
         }
