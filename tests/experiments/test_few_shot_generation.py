@@ -58,9 +58,10 @@ def pictures(num_classes=4, size=8, seed=0):
         ("maml", "pixelcnn"),
         *(
             pytest.param("maml", model, marks=pytest.mark.slow)
-            for model in ("conv_vae", "flow", "flow_matching")
+            for model in ("conv_vae", "flow_matching")
         ),
         ("pretrained", "pixelcnn"),
+        pytest.param("pretrained", "flow", marks=pytest.mark.slow),
         ("reptile", "gan"),
         ("amortised", "set_vae"),
         ("amortised", "attention_pixelcnn"),
