@@ -93,6 +93,7 @@ def test_mixed_gradients_equal_gradients_up_to_the_third_derivative():
     assert_close(derivatives(mixed_gradients), derivatives(gradients))
 
 
+@pytest.mark.slow
 def test_mixed_gradients_refuse_forward_mode():
     params, tasks = example(1)
     task = jax.tree.map(lambda x: x[0], tasks)

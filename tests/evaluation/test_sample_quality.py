@@ -100,6 +100,7 @@ def distances(a, b):
 
 
 @pytest.mark.parametrize("chunk", [7, 512])
+@pytest.mark.slow
 def test_precision_and_recall_equal_a_loop(chunk):
     real, fake = features(30, 3), features(25, 3, seed=1, shift=1.0)
 
@@ -115,6 +116,7 @@ def test_precision_and_recall_equal_a_loop(chunk):
         assert max(expected) < 1
 
 
+@pytest.mark.slow
 def test_precision_without_recall_where_only_one_of_two_modes_is_generated():
     rng = np.random.default_rng(0)
     modes = rng.uniform(-1, 1, size=(2, 200, 2)) + np.array([[[0, 0]], [[10, 0]]])

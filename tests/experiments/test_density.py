@@ -71,7 +71,7 @@ def test_every_model_has_a_loss_a_likelihood_and_samples_of_one_image(name, valu
 @pytest.mark.parametrize(
     "name",
     [
-        "row_lstm",
+        pytest.param("row_lstm", marks=pytest.mark.slow),
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("made", "pixelcnn", "diagonal_bilstm")),
     ],
 )

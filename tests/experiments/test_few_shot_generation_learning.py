@@ -92,6 +92,7 @@ def test_learned_rates_begin_as_the_inner_rate_and_both_fine_tunings_are_their_o
     np.testing.assert_allclose(tuned["adam 0.03"], adam, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_first_order_maml_takes_the_gradient_where_its_steps_lead():
     config = config_of("fomaml", "pixelcnn", inner_rate=0.05, inner_steps=2)
     made, model = make_learner(config, SHAPE), adaptive(config, SHAPE)

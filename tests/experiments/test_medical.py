@@ -85,6 +85,7 @@ def test_the_net_of_a_run_is_taken_without_its_head(learner, tmp_path):
     assert net.apply(body, jnp.zeros((2, 16, 16, 1))).shape == (2, 4)
 
 
+@pytest.mark.slow
 def test_a_net_of_another_kind_and_a_folder_without_a_run_are_refused(tmp_path):
     write_run(tmp_path, "cavia")
     with pytest.raises(UserError, match="not the plain four-block one"):

@@ -48,6 +48,7 @@ def test_scenes_are_whole_speeches_and_all_of_the_text():
     assert all(100 <= len(part) < 300 for part in parts[:-1])
 
 
+@pytest.mark.slow
 def test_a_text_that_fits_has_the_probability_of_the_whole_and_others_see_what_is_before(corpus):
     """Of a text longer than the net sees, each token given at least `warm_up` before it."""
     config = replace(SMALL, num_devices=1)

@@ -85,6 +85,7 @@ def test_every_method_has_a_direction_and_the_net_features(name):
         assert of.shape == (4, 3 * 16)
 
 
+@pytest.mark.slow
 def test_features_of_a_sequence_know_nothing_of_its_padding():
     net = make_net(SMOKE, "waves", 102)
     values = jax.random.normal(KEY, (2, 60, 1))

@@ -168,6 +168,7 @@ def test_inverse_inverts_in_float32_for_a_vmapped_batch(name):
 
 
 @pytest.mark.parametrize("name", ["autoregressive", "autoregressive spline"])
+@pytest.mark.slow
 def test_autoregressive_jacobians_are_triangular_in_the_order_of_the_net(float64, name):
     bijector = CASES[name][0]
     params, (batch, conditions) = params_of(name), batch_of(name)
@@ -189,6 +190,7 @@ def test_activation_norm_starts_with_mean_0_and_variance_1_and_keeps_constant_ch
     chex.assert_trees_all_equal(constant, {"shift": jnp.full(2, 7.0), "log_scale": jnp.zeros(2)})
 
 
+@pytest.mark.slow
 def test_each_of_a_chain_and_of_a_scan_starts_on_what_those_before_it_give():
     batch = jnp.asarray(np.random.default_rng(0).normal(size=(40, 3)) * [9, 1, 0.1], jnp.float32)
     layers = [activation_norm(), invertible_linear(), activation_norm()]
@@ -202,6 +204,7 @@ def test_each_of_a_chain_and_of_a_scan_starts_on_what_those_before_it_give():
         np.testing.assert_allclose(z.std(0), 1, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_scan_equals_a_chain_with_the_same_parameters(float64):
     step = chain(activation_norm(), CASES["coupling"][0])
     batch = batch_of("coupling")

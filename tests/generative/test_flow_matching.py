@@ -171,6 +171,7 @@ def test_density_of_a_net_integrates_to_one(condition):
 
 
 @pytest.mark.parametrize("sigma_min", [0.0, 0.1])
+@pytest.mark.slow
 def test_loss_equals_a_loop_over_examples(float64, sigma_min):
     params, (examples, conditions) = net(), data()
     loss_fn = flow_matching_loss(tanh_velocity, sigma_min=sigma_min)

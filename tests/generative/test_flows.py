@@ -179,6 +179,7 @@ def test_samples_are_the_noise_that_their_z_is(name):
     assert np.abs(np.cov(z.T) - np.eye(z.shape[1])).max() < 5 * np.sqrt(2) / 20
 
 
+@pytest.mark.slow
 def test_conditional_samples_follow_their_condition(float64):
     flow = VECTORS["maf"]
     params = jax.tree.map(jnp.float64, params_of(flow, (3,), 2))
@@ -216,6 +217,7 @@ def test_maml_over_a_flow_differentiates_to_second_order(float64, name):
 
 
 @pytest.mark.parametrize("name", flows("glow", "maf of splines"))
+@pytest.mark.slow
 def test_gradients_and_inverses_are_finite_at_extremes_in_float32(name):
     flow, shape = FLOWS[name]
     log_prob = flow_log_prob(flow)

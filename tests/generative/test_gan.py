@@ -202,6 +202,7 @@ def test_field_is_each_player_s_gradient_of_its_own_loss(float64, name):
     ]
 
 
+@pytest.mark.slow
 def test_without_jit_the_field_is_the_same(float64):
     params, batch = example()
     field = gan_gradients(generate, score, losses=HINGE)

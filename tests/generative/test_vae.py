@@ -119,6 +119,7 @@ def test_beta_and_free_nats_by_hand():
     assert metrics["kl"] == pytest.approx(2.3)
 
 
+@pytest.mark.slow
 def test_keys_of_examples_may_be_given():
     rng = np.random.default_rng(0)
     params, batch = linear_model(rng, error=0.2), jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)

@@ -35,6 +35,7 @@ def pixelcnn():
 
 
 @pytest.mark.parametrize("model", [vae, pytest.param(pixelcnn, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_meta_gradient_with_fixed_noise_equals_finite_differences(model):
     with jax.enable_x64(True):
         net, loss_fn = model()

@@ -171,6 +171,7 @@ def test_runs_restart_at_their_horizon_and_phases_put_them_out_of_step():
     assert ages == [[1, 2, 0], [2, 0, 1], [0, 1, 2], [1, 2, 0]]
 
 
+@pytest.mark.slow
 def test_batches_are_drawn_anew_for_support_and_query_at_each_step_and_vmap_is_a_loop():
     rule_params, params, task = example()
     task = Episode(task.query, task.query)

@@ -40,6 +40,7 @@ def test_has_the_parameters_of_conv4_and_one_linear_layer_more():
 @pytest.mark.parametrize(
     ("strided", "num_reference"), [(True, 3), pytest.param(False, None, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_context_of_zeros_is_conv4_in_value_and_gradient(strided, num_reference):
     net, params, images = example(strided)
     conv4 = Conv4(4, num_filters=8, strided=strided)

@@ -45,6 +45,7 @@ def test_each_image_depends_on_its_own_vector_and_each_score_on_its_own_image(nu
         assert jnp.abs(changed - scores).min() > 1e-6
 
 
+@pytest.mark.slow
 def test_score_of_a_class_is_the_plain_one_plus_a_projection():
     """With an embedding of zeros for one class, and ones for the other."""
     images = jax.random.normal(KEY, (2, *SMALL))

@@ -99,6 +99,7 @@ def test_the_order_of_what_is_shown_changes_nothing_but_its_place_does(params):
     assert np.abs(drawn[0] - drawn[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_features_are_the_mean_token_of_all_patches(params):
     features = NET.apply(params, IMAGES, method="features")
     shown = jnp.tile(jnp.arange(6)[::-1], (3, 1))

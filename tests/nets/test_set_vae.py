@@ -122,6 +122,7 @@ def test_order_does_not_matter_and_absent_examples_are_not_there():
     assert np.abs(there - masked).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_every_parameter_counts_and_extremes_are_finite():
     x, given, weights = np.float32(examples(1)[0]), np.float32(examples(2, seed=2)), params()
 

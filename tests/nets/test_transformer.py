@@ -155,6 +155,7 @@ def test_one_token_at_a_time_gives_the_logits_of_all_at_once(net):
     np.testing.assert_allclose(logits, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_values_and_gradients_of_tasks_with_parameters_of_their_own_are_those_of_a_loop():
     tasks = [random_params(PRE, TOKENS, seed=s) for s in (0, 1)]
 

@@ -18,6 +18,7 @@ LADDER = LadderVAE(shape=(5,), num_latents=(3, 2), hidden_sizes=(7, 6))
 
 
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.slow
 def test_latents_and_parameters_have_their_shapes(name):
     net = NETS[name]
     x = jax.random.normal(KEY, (5, 6, 2))
@@ -54,6 +55,7 @@ def test_standard_deviations_are_bounded_for_any_input(name):
     assert (jnp.abs(log_std) <= 7).all()
 
 
+@pytest.mark.slow
 def test_the_ladder_multiplies_what_it_knows_from_below_and_above():
     x = jax.random.normal(KEY, (5,))
     params = LADDER.init(KEY, x, KEY)

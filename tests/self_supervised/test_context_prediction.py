@@ -75,6 +75,7 @@ def test_directions_places_and_jitter_are_uniform_and_independent():
         assert statistic < count - 1 + 5 * np.sqrt(2 * (count - 1)), name
 
 
+@pytest.mark.slow
 def test_one_channel_of_a_patch_is_left_and_the_others_are_faint_noise():
     patch = 5 * jax.random.normal(KEY, (20, 20, 3))
     dropped = jax.vmap(drop_colours, (0, None))(jax.random.split(KEY, 600), patch)

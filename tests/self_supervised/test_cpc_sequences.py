@@ -156,6 +156,7 @@ def test_eight_devices_give_the_loss_of_one(negatives):
         chex.assert_trees_all_close(many(params, batch, KEY), expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_candidates_that_are_none_leave_the_loss_of_the_others_as_it_is():
     q, c = jax.random.normal(KEY, (2, 5, 3))
     valid = np.array([True, False, True, True, False])

@@ -160,6 +160,7 @@ def test_nothing_chosen_has_loss_and_gradient_0():
 
 
 @pytest.mark.parametrize("way", ["axis name", "chunks of 1", "chunks of 2"])
+@pytest.mark.slow
 def test_eight_devices_and_any_chunks_have_the_loss_and_gradient_of_one(way):
     with jax.enable_x64(True):
         packed = jax.tree.map(lambda x: jnp.asarray(np.resize(x, (16, 16))), rows())

@@ -54,6 +54,7 @@ def test_a_net_that_knows_nothing_has_log_2():
     assert 0.4 < metrics["accuracy"] < 0.6
 
 
+@pytest.mark.slow
 def test_an_order_is_learned():
     optimizer = optax.adam(0.1)
 

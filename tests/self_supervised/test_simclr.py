@@ -59,6 +59,7 @@ def test_simclr_is_nt_xent_of_two_different_views():
     assert 0.5 < metrics["spread"] <= 1
 
 
+@pytest.mark.slow
 def test_simclr_on_eight_devices_is_simclr_on_one(float64):
     params, images = example()
     loss = functools.partial(simclr_loss, embed, noise, temperature=0.2)
