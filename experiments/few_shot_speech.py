@@ -31,7 +31,7 @@ from experiments.excerpts import Excerpt, cut, excerpt_loss
 from experiments.few_shot_speech_config import PRESETS, Config, check, with_source
 from experiments.speech_config import SourceName
 from experiments.speech_data import to_sounds
-from experiments.speech_model import NUM_CODES, make_log_prob
+from experiments.speech_model import make_log_prob, make_net
 from metagen_jax.data.audio import Recordings, load_recordings
 from metagen_jax.data.episodes import ClassData, group_by_class, sample_batch, sample_episode
 from metagen_jax.evaluation.estimates import Estimate, estimate
@@ -95,17 +95,6 @@ def one_piece_each(
     chosen = first + rng.integers(0, counts)
     excerpts = Excerpt(*(np.asarray(x)[chosen] for x in pieces.excerpts))
     return excerpts, np.asarray(sounds.conditions)[:, : len(recordings.label_names)]
-
-
-def make_net(config: Config) -> WaveNet:
-    """The net that the settings name."""
-    return WaveNet(
-        NUM_CODES,
-        features=config.num_filters,
-        skip_features=config.num_skip,
-        dilations=tuple(2**i for i in range(config.num_layers)) * config.num_stacks,
-        num_levels=NUM_CODES,
-    )
 
 
 def loss_of(net: WaveNet, *, axis_name: str | None) -> LossFn:

@@ -72,6 +72,11 @@ class Config:
     resume: bool = False
     """Go on from the last checkpoint of the run's folder."""
 
+    @property
+    def dilations(self) -> tuple[int, ...]:
+        """Of the net's layers."""
+        return tuple(2**i for i in range(self.num_layers)) * self.num_stacks
+
 
 PRESETS = {
     "tones": Config(),

@@ -1,6 +1,5 @@
 """Settings of `experiments.speech`: fields, presets by recordings."""
 
-import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -83,8 +82,7 @@ class Config:
     @property
     def dilations(self) -> tuple[int, ...]:
         """Of the net's layers."""
-        stack = [2**i for i in range(self.num_layers)]
-        return tuple(itertools.chain.from_iterable([stack] * self.num_stacks))
+        return tuple(2**i for i in range(self.num_layers)) * self.num_stacks
 
 
 PRESETS = {

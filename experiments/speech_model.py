@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.excerpts import Cut, Excerpt, Sequences, as_list, ratio_over_sequences
+from experiments.few_shot_speech_config import Config as FewShotConfig
 from experiments.speech_config import Config
 from metagen_jax.data.audio import mu_law_decode
 from metagen_jax.evaluation.estimates import Estimate, estimate_ratio
@@ -27,7 +28,7 @@ from metagen_jax.types import Params
 NUM_CODES = 256
 
 
-def make_net(config: Config) -> WaveNet:
+def make_net(config: Config | FewShotConfig) -> WaveNet:
     """The net that the settings name."""
     return WaveNet(
         NUM_CODES,

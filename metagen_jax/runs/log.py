@@ -94,8 +94,8 @@ def read_metrics(run_dir: Path, **also: str) -> list[dict[str, Any]]:
 
     Args:
       run_dir: folder of the run.
-      also: a second name for a number, in the lines that have it: `validation_loss="validation_nll"`
-        gives what is called `validation_nll` the name `validation_loss` as well.
+      also: a second name for a number, in the lines that have it; `loss="generator_loss"` gives
+        what is called `generator_loss` the name `loss` as well.
     """
     lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
