@@ -196,6 +196,7 @@ def coordinates(height, width):
     return jnp.asarray(np.stack(grid, -1), jnp.float32)
 
 
+@pytest.mark.slow
 def test_a_resized_crop_equals_pillows():
     image = picture(9, 12)
     for corner, sides in (((0.0, 0.0), (9.0, 12.0)), ((1.25, 2.5), (4.5, 7.0))):

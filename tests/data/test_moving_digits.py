@@ -42,6 +42,7 @@ def test_a_digit_moves_straight_on_is_whole_and_bounces(seed):
     assert (places.max(0) > 10).any()
 
 
+@pytest.mark.slow
 def test_of_two_digits_the_brighter_is_seen_and_all_are_drawn():
     images = jnp.stack([jnp.full((2, 2, 1), level, jnp.uint8) for level in (51, 255)])
     films = jax.vmap(lambda key: sample_film(key, images, num_frames=5, size=6))(

@@ -55,6 +55,7 @@ def test_classes_of_any_size_suffice_with_replacement():
         check()
 
 
+@pytest.mark.slow
 def test_it_is_a_function_of_the_key_alone():
     sample = functools.partial(sample_set_episode, num_shots=2, num_queries=2)
     keys = jax.random.split(KEY, 4)

@@ -206,6 +206,7 @@ def test_partitions_keep_whole_clusters_and_drop_small_ones(clusters):
         assert sorted(kept) == np.flatnonzero(labels < 3).tolist()
 
 
+@pytest.mark.slow
 def test_cluster_episodes_have_disjoint_pictures_of_distinct_clusters(clusters):
     data, _ = clusters
     sample = functools.partial(sample_cluster_episode, num_ways=3, num_shots=2, num_queries=4)

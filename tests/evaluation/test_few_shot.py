@@ -98,6 +98,7 @@ def test_prediction_noise_depends_on_the_key_of_the_task_alone(data):
     assert np.any(other.per_task != many.per_task)
 
 
+@pytest.mark.slow
 def test_two_learners_see_the_same_episodes(data):
     def fingerprint(params, support, inputs, key):
         """Logits by which query `i` is right exactly if the inputs' sum is above a threshold."""

@@ -41,6 +41,7 @@ def test_shares_are_of_each_class_and_within_one_another():
             share_of_labels(labels, fraction)
 
 
+@pytest.mark.slow
 def test_more_labels_are_worth_more_and_so_is_what_has_been_learned_before():
     few, all_ = tuned(fraction=0.02), tuned()
     assert (few.num_labels, all_.num_labels) == (8, 400)

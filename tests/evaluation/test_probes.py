@@ -55,6 +55,7 @@ def test_logistic_regression_equals_scipys_minimum():
         np.testing.assert_allclose(fitted.bias - fitted.bias.mean(), bias, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_probe_finds_blobs_whatever_their_scale_and_place():
     train, val, test = (blobs(seed, 300, shift=50.0) for seed in range(3))
     probe = linear_probe(train, val, test, num_classes=3)

@@ -86,6 +86,7 @@ def test_the_probabilities_of_all_small_images_sum_to_one(name):
     assert jnp.ptp(log_probs) > 0.1
 
 
+@pytest.mark.slow
 def test_channels_of_colour_levels_know_of_one_another():
     config = config_of("pixelcnn", values="levels")
     outputs = jax.random.normal(KEY, (num_pixel_params(config, 3),))

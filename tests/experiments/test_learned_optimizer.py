@@ -36,6 +36,7 @@ def test_a_family_draws_another_task_for_each_key():
     assert jax.tree.structure(params) == jax.tree.structure(other)
 
 
+@pytest.mark.slow
 def test_letters_come_from_the_part_asked_and_are_ink_between_0_and_1():
     glyphs = ClassSplit(*(load_images("glyphs", part) for part in ClassSplit._fields))
     family = Family("val", (4,), side=14)

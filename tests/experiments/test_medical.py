@@ -37,6 +37,7 @@ def write_run(folder, learner, **settings):
     return params
 
 
+@pytest.mark.slow
 def test_the_metrics_of_a_task_are_those_of_its_margins_and_nan_is_wrong():
     """Four queries, of which one normal one is ranked above one of two ill ones."""
     labels = jnp.array([1, 1, 0, 0])

@@ -16,6 +16,7 @@ PICTURES = jnp.full((2, 3, 3, 1), 255, jnp.uint8)
 SMALL = replace(PRESETS["smoke"], num_frames=7, num_seen=4, num_past=2)
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_frames_that_follow():
     """A net that fades: half of the last frame; and one that copies."""
     films = draw_films(jax.random.key(0), PICTURES, config=SMALL, num_films=5)

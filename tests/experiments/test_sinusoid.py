@@ -122,6 +122,7 @@ def result(tmp_path_factory):
     return config, numbers, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_the_experiment_gives_an_error_with_interval_for_each_network_and_step(result):
     _, numbers, _ = result
     for name, steps in {"maml": 2, "pretrained": 2, "oracle": 0}.items():
@@ -134,6 +135,7 @@ def test_the_experiment_gives_an_error_with_interval_for_each_network_and_step(r
     json.dumps(numbers)
 
 
+@pytest.mark.slow
 def test_the_experiment_names_each_network_before_its_training_and_its_picture_at_the_end(result):
     config, _, printed = result
     lines = printed.splitlines()
@@ -143,6 +145,7 @@ def test_the_experiment_names_each_network_before_its_training_and_its_picture_a
     assert (config.run_dir / "sinusoid.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_finished_experiment_gives_the_same_numbers_again_when_resumed(result):
     config, numbers, _ = result
     again = sinusoid.main(dataclasses.replace(config, resume=True))

@@ -218,6 +218,7 @@ def test_a_scan_equals_a_chain_with_the_same_parameters(float64):
     assert np.abs(np.diff(params["layer1"]["params"]["hidden0"]["kernel"], axis=0)).min() > 0
 
 
+@pytest.mark.slow
 def test_invertible_linear_starts_as_a_rotation_and_keeps_its_permutation_and_signs(float64):
     bijector = invertible_linear()
     params = bijector.init(KEY, jnp.zeros((1, 6)))

@@ -24,6 +24,7 @@ def draw(key, mean):
 
 
 @pytest.mark.parametrize("error", [0.0, 0.05])
+@pytest.mark.slow
 def test_completions_have_the_conditional_distribution_of_a_linear_model(error):
     """`x ~ N(b, W W^T + noise^2 1)`: mean and covariance of the last two given the first two."""
     rng = np.random.default_rng(0)

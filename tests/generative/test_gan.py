@@ -152,6 +152,7 @@ def test_a_flat_critic_is_penalised_by_one_with_a_gradient_of_zero():
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.slow
 def test_field_is_each_player_s_gradient_of_its_own_loss(float64, name):
     """Against a loop over examples, differentiated player by player."""
     params, batch = example()

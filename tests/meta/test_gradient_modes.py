@@ -77,6 +77,7 @@ def loss_with_all_options(gradient, rate, weight, params, images, labels):
     return last + seen + optax.tree.norm(adapted.trajectory, squared=True)
 
 
+@pytest.mark.slow
 def test_all_modes_are_equal_in_value_and_in_all_gradients():
     params = {
         "kernel": random(3, 3, 1, 2),

@@ -171,6 +171,7 @@ def test_order_of_the_support_set_does_not_matter(classifier):
     )
 
 
+@pytest.mark.slow
 def test_order_of_the_support_set_matters_to_full_context_embeddings():
     support, labels, queries = example()
     order = jnp.array([4, 2, 0, 5, 1, 3])

@@ -109,6 +109,7 @@ def told_by_the_set(params, given, horizontal, layer):
 
 
 @pytest.mark.parametrize("num_given", [0, 2])
+@pytest.mark.slow
 def test_the_set_adds_to_every_layer_what_the_docstring_says(num_given):
     """The net is a PixelCNN whose layers are told more: its own layers, one by one, and a loop."""
     given, image = images(num_given, seed=1), images(1)[0]

@@ -49,6 +49,7 @@ def test_positions_by_hand():
         sine_positions(2, 3, 6)
 
 
+@pytest.mark.slow
 def test_a_block_in_numpy():
     x = jax.random.normal(KEY, (1, 5, 4))
     block = TransformerBlock(num_heads=2, expansion=2)

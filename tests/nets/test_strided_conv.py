@@ -41,6 +41,7 @@ def test_frames_by_loops():
     np.testing.assert_allclose(NET.apply(params, example()[1][0]), x[0], rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_frame_sees_its_window_and_nothing_else():
     assert (NET.stride, NET.window) == (6, 10)
     params, x = example()

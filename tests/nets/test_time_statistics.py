@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from metagen_jax.nets.time_statistics import time_statistics
 
@@ -20,6 +21,7 @@ def test_they_are_those_of_each_sequence_without_its_padding():
     np.testing.assert_array_equal(actual[2], 0)
 
 
+@pytest.mark.slow
 def test_padding_has_no_part_in_them_and_derivatives_are_finite():
     other = np.where(VALID[..., None], FRAMES, 1e30)
     np.testing.assert_array_equal(

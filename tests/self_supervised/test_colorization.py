@@ -37,6 +37,7 @@ def test_lab_of_the_corners_of_srgb_as_published():
     np.testing.assert_allclose(lab, list(published.values()), atol=0.01)
 
 
+@pytest.mark.slow
 def test_lab_and_back_and_finite_derivatives_at_black():
     rgb = jax.random.uniform(jax.random.key(0), (500, 3)).at[0].set(0).at[1].set(1)
     rgb = rgb.at[2:50].multiply(0.01)

@@ -90,6 +90,7 @@ def test_one_channel_of_a_patch_is_left_and_the_others_are_faint_noise():
     assert np.abs(whole - 0.7) < 4 * np.sqrt(0.3 * 0.7 / 600)
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_classifier_that_knows_and_of_one_that_does_not():
     images = jnp.tile(coordinates(16, 18)[None], (32, 1, 1, 1))
 

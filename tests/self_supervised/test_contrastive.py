@@ -54,6 +54,7 @@ def test_nt_xent_equals_a_loop_over_pairs(float64, shape, temperature):
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_nt_xent_equals_optaxs(float64):
     z_a, z_b = pairs(shape=(7, 5))
     expected = optax.losses.ntxent(

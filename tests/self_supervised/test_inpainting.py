@@ -69,6 +69,7 @@ def test_the_hole_is_black_and_named_and_alone_counts():
         np.testing.assert_allclose(loss, np.mean(errors), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_field_is_each_players_gradient_of_its_own_loss_at_the_same_holes():
     with jax.enable_x64(True):
         params, images = example()

@@ -127,6 +127,7 @@ def every_position_apart(params, tokens, documents):
     return NET.apply(params, hidden, documents)
 
 
+@pytest.mark.slow
 def test_a_label_that_is_not_chosen_changes_nothing_and_a_chosen_one_does():
     packed = rows()
     logits = jax.random.normal(KEY, (*packed.tokens.shape, VOCAB))

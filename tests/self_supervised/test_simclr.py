@@ -113,6 +113,7 @@ def test_byol_equals_a_loop_over_images(float64):
     np.testing.assert_allclose(loss, total / 16, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_target_moves_as_an_average_alone_whatever_the_optimiser():
     params, images = byol_example(np.float32)
     optimizer = byol_optimizer(optax.adamw(0.1, weight_decay=0.5))
