@@ -170,6 +170,9 @@ def run_row(name: str, row: Row, *, float64: bool, keep: bool) -> None:
     if keep:
         peers = {p: _version(p) for p in PACKAGES}
         about = {"row": dataclasses.asdict(row), "peer_versions": peers}
+        if importlib.util.find_spec("torch"):
+            torch: Any = importlib.import_module("torch")
+            about["torch_threads"] = torch.get_num_threads()
         harness.write_result(f"bench_peers_{name}", {**numbers, **about})
 
 

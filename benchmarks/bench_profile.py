@@ -3,7 +3,7 @@
     python -m benchmarks.bench_profile [--row 5-steps] [--smoke]
 
 Second-order MAML of Conv4, one task after another. Times each operation of the compiled step by
-JAX's profiler and adds them up by what they come from. Meant for one core (`taskset -c 0`), where
+JAX's profiler and adds them up by what they come from. Meant for one core (`taskset -c 1`), where
 an operation is one piece of work. Writes `benchmarks/results/bench_profile_ROW.json`.
 """
 
@@ -31,6 +31,7 @@ PARTS = {
     "patches": r"conv\d/(concatenate|slice|pad)",
     "transposes of patches": r"conv\d/(add_any|transpose)",
     "norms": r"norm\d",
+    "max-pooling": r"max_pool_2x2",
     "ReLU and bias": r"select_n|/max|conv\d",
     "states of the inner loop, kept": r"dynamic_(update_)?(slice|index)|^\S*copy|^while",
 }

@@ -47,14 +47,14 @@ class Row:
     inner_batch: int = 0
     num_filters: int = 64
     hidden_sizes: tuple[int, ...] = (40, 40)
-    torch_chunks: tuple[int, ...] = (2, 8)
+    torch_chunks: tuple[int, ...] = (2, 4, 8, 16)
     rounds: int = 5
 
 
 ROWS = {
     "5-steps": Row(asked=3.5),
     "1-step": Row(asked=2.5, num_steps=1),
-    "20-way": Row(asked=2.5, against="torch.func", ways=20, num_tasks=8, torch_chunks=(1, 2)),
+    "20-way": Row(asked=2.5, against="torch.func", ways=20, num_tasks=8, torch_chunks=(1, 2, 4)),
     "sinusoid": Row(
         asked=2.5,
         against="torch.func",
@@ -64,7 +64,7 @@ ROWS = {
         queries=10,
         num_steps=10,
         rate=0.01,
-        torch_chunks=(50, 250),
+        torch_chunks=(25, 50, 100, 250),
     ),
     "max-pooled": Row(asked=2.0, net="pooled"),
     "protonet": Row(asked=1.5, learner="prototypical", rounds=9),

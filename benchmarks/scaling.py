@@ -83,14 +83,14 @@ class Device:
 
 
 def reduced_bytes(hlo: str) -> int:
-    """The bytes of floats that all collectives of a compiled program move."""
-    collectives = (
-        r"= (.*?) (?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*(?<!-done)\("
-    )
-    shapes = re.findall(r"\b(f|bf)(\d+)\[([\d,]*)\]", " ".join(re.findall(collectives, hlo)))
+    """The bytes that a compiled program moves, which must be by one all-reduce at most."""
+    moves = r"= (.*?) ((?:all-|reduce-scatter|collective-|ragged-|send|recv)[a-z-]*)(?<!-done)\("
+    found = re.findall(moves, hlo)
+    kinds = [kind.removesuffix("-start") for _, kind in found]
+    assert kinds in ([], ["all-reduce"]), f"collectives: {kinds}"
+    shapes = re.findall(r"\b(?:f|bf|s|u)(\d+)\[([\d,]*)\]", " ".join(shape for shape, _ in found))
     return sum(
-        int(bits) // 8 * math.prod(map(int, filter(None, dims.split(","))))
-        for _, bits, dims in shapes
+        int(bits) // 8 * math.prod(map(int, filter(None, dims.split(",")))) for bits, dims in shapes
     )
 
 

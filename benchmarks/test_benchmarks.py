@@ -53,15 +53,16 @@ def test_a_line_is_found():
     assert scaling.fit_line(points, "reduced_bytes") is None
 
 
-def test_the_bytes_of_collectives_are_read_from_a_program():
+def test_the_bytes_of_the_one_collective_are_read_from_a_program():
     hlo = """
-      %a = (f32[2,3]{1,0}, /*index=5*/f32[]) all-reduce(%x, %y), replica_groups={}
-      %b = f32[8]{0} all-gather-start(%z), dimensions={0}
-      %d = f32[8]{0} all-gather-done(%b)
-      %e = bf16[6]{0} all-reduce(%v), replica_groups={}
+      %a = (f32[2,3]{1,0}, /*index=5*/f32[], bf16[6]{0}) all-reduce-start(%x, %y, %z)
+      %b = (f32[2,3]{1,0}, f32[], bf16[6]{0}) all-reduce-done(%a)
       %c = f32[5]{0} add(%u, %v), metadata={op_name="all-to-all("}
     """
-    assert scaling.reduced_bytes(hlo) == 4 * (6 + 1 + 8) + 2 * 6
+    assert scaling.reduced_bytes(hlo) == 4 * (6 + 1) + 2 * 6
+    for other in ("u32[8]{0} all-gather(%z)", "f32[] all-reduce(%z)"):
+        with pytest.raises(AssertionError, match="collectives"):
+            scaling.reduced_bytes(f"{hlo}\n  %e = {other}, dimensions={{0}}")
 
 
 def test_a_ring_passes_twice_the_gradient_at_most():

@@ -111,7 +111,7 @@ def outer_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def pretrain(config: Config, data: ClassData) -> Params:
+def pretrain(config: Config, data: ClassData) -> FitResult:
     """A conventional classifier of all training classes, by the same net and optimiser."""
     net = make_net(config, len(data.sizes) * config.rotations)
 
@@ -129,7 +129,7 @@ def pretrain(config: Config, data: ClassData) -> Params:
         num_steps=config.pretraining_steps,
         run_dir=config.run_dir / "pretrained",
         resume=config.resume,
-    ).best_params
+    )
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -174,7 +174,9 @@ def main(config: Config) -> dict[str, Any]:
         )
         if config.baselines:
             print("pretraining a classifier of all training classes, to fine-tune as a baseline")
-            pretrained = pretrain(config, train)
+            result = pretrain(config, train)
+            pretrained = result.best_params
+            numbers |= {"pretraining_seconds": round(result.train_seconds, 1)}
     return numbers | few_shot_report.report(
         few_shot_report.Subject(
             name=name,

@@ -143,7 +143,16 @@ _OMNIGLOT = Config(
     pretraining_steps=3000,
 )
 
+_FIVE_SHOTS: dict[str, Any] = {"num_shots": 5, "num_queries": 5, "test_queries": (5, 15)}
 _PUBLISHED: dict[str, Any] = {"steps": 60_000, "outer_rate": 1e-3, "cosine": False}
+# Published, and shortened in the other presets: inner steps cost most there.
+_TWENTY_WAYS: dict[str, Any] = {
+    "num_ways": 20,
+    "num_tasks": 16,
+    "inner_rate": 0.1,
+    "inner_steps": 5,
+    "test_steps": 5,
+}
 
 PRESETS = {
     "glyphs": Config(num_tasks=8, steps=1600, validate_every=800),
@@ -157,29 +166,13 @@ PRESETS = {
         pretraining_steps=6,
     ),
     "omniglot-5w1s": replace(_OMNIGLOT, num_ways=5, steps=14000),
-    "omniglot-5w5s": replace(
-        _OMNIGLOT, num_ways=5, num_shots=5, num_queries=5, test_queries=(5, 15), steps=5000
-    ),
+    "omniglot-5w5s": replace(_OMNIGLOT, num_ways=5, steps=5000, **_FIVE_SHOTS),
     "omniglot-20w1s": replace(_OMNIGLOT, num_ways=20, num_tasks=16, steps=15000),
-    "omniglot-20w5s": replace(
-        _OMNIGLOT,
-        num_ways=20,
-        num_shots=5,
-        num_queries=5,
-        test_queries=(5, 15),
-        num_tasks=8,
-        steps=2000,
-    ),
+    "omniglot-20w5s": replace(_OMNIGLOT, num_ways=20, num_tasks=8, steps=2000, **_FIVE_SHOTS),
     "omniglot-5w1s-published": replace(_OMNIGLOT, num_ways=5, **_PUBLISHED),
-    "omniglot-20w1s-published": replace(
-        _OMNIGLOT,
-        num_ways=20,
-        num_tasks=16,
-        inner_rate=0.1,
-        inner_steps=5,
-        test_steps=5,
-        **_PUBLISHED,
-    ),
+    "omniglot-5w5s-published": replace(_OMNIGLOT, num_ways=5, **_FIVE_SHOTS, **_PUBLISHED),
+    "omniglot-20w1s-published": replace(_OMNIGLOT, **_TWENTY_WAYS, **_PUBLISHED),
+    "omniglot-20w5s-published": replace(_OMNIGLOT, **_TWENTY_WAYS, **_FIVE_SHOTS, **_PUBLISHED),
 }
 
 # Published for miniImageNet: 5 inner steps at 0.01, 10 at test, 4 or 2 tasks, 60,000 steps.

@@ -47,7 +47,9 @@ def choose_chunk(at_once: Callable[[PyTree, PyTree], Any], shared: PyTree, tasks
     accelerator about the largest number whose temporaries, as the compiler counts them, fit in
     `MEMORY_SHARE` of the memory of the first device: for this one task and two are compiled by
     themselves, and what is foretold from them is compiled and halved until it fits. All, where the
-    device does not say what memory it has.
+    device does not say what memory it has. Of these numbers down to the half of each it takes the
+    largest that divides the tasks, if there is one: a chunk of what is left over would be compiled
+    as a second step.
 
     Args:
       at_once: `(shared, tasks) -> results`, over all tasks that it is given. It may close over
@@ -62,12 +64,17 @@ def choose_chunk(at_once: Callable[[PyTree, PyTree], Any], shared: PyTree, tasks
     num_tasks = len(jax.tree.leaves(tasks)[0])
     if jax.default_backend() == "cpu":
         each = _bytes(shared) + _bytes(tasks) // num_tasks
-        return min(num_tasks, max(1, CPU_BYTES // max(1, each)))
+        return even_chunk(num_tasks, min(num_tasks, max(1, CPU_BYTES // max(1, each))))
     memory = _memory_for_chunk()
     if memory is None or num_tasks == 1:
         return num_tasks
     temporaries = functools.partial(_temporaries, at_once, shared, tasks)
-    return largest_that_fits(temporaries, num_tasks, memory)
+    return even_chunk(num_tasks, largest_that_fits(temporaries, num_tasks, memory))
+
+
+def even_chunk(num_tasks: int, most: int) -> int:
+    """The largest divisor of `num_tasks` from `most` down to its half; `most` if there is none."""
+    return next((n for n in range(most, (most - 1) // 2, -1) if num_tasks % n == 0), most)
 
 
 def largest_that_fits(temporaries: Callable[[int], int], most: int, memory: float) -> int:

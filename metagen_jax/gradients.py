@@ -138,9 +138,9 @@ def mean_over_tasks(grad_fn: GradFn, *, chunk: Chunk | None = "auto") -> GradFn:
     "auto" chooses when it is traced. On a CPU a chunk has as many tasks as have parameters and
     examples of 128 KiB together, at least one: beyond a core's cache it is slower (a convolutional
     net goes one task at a time, a small MLP twenty). On an accelerator it has the most tasks whose
-    temporaries, by the compiler's `memory_analysis`, fit in three quarters of the memory of the
-    device beside what is there already; to this end a few chunks are compiled by themselves. See
-    `metagen_jax.chunks.choose_chunk`.
+    temporaries, by the compiler's `memory_analysis`, fit in 0.6 of the memory of the device; to
+    this end a few chunks are compiled by themselves. Of chunks down to half of that size it takes
+    one that divides the tasks, if it can. See `metagen_jax.chunks.choose_chunk`.
 
     A chunk of one task is not vmapped: of a `lax.cond` in `grad_fn` only the branch that is taken
     costs time.

@@ -8,7 +8,7 @@ import pytest
 from toy_tasks import example, regression
 
 from metagen_jax import chunks
-from metagen_jax.chunks import choose_chunk, largest_that_fits
+from metagen_jax.chunks import choose_chunk, even_chunk, largest_that_fits
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients, mean_over_tasks
 from metagen_jax.meta.maml import maml_loss
@@ -40,8 +40,8 @@ SHARED, TASKS = jnp.ones(3572), jnp.arange(1.0, 41)
 @pytest.mark.parametrize(
     ("num_params", "num_examples", "expected"),
     [
-        (1024, 1024, 16),  # 4 KiB of parameters and as much of examples: 16 of 8 KiB in 128.
-        (1024, 10, 31),  # 131072 // 4136
+        (1024, 1024, 10),  # 4 KiB of parameters and as much of examples: 16 of 8 KiB in 128.
+        (1024, 10, 25),  # 131072 // 4136 is 31.
         (40_000, 10, 1),  # More than the cache holds.
         (10, 10, 50),  # All there are.
     ],
@@ -51,6 +51,14 @@ def test_on_a_cpu_a_chunk_holds_128_kib_of_parameters_and_examples(
 ):
     shared, tasks = jnp.zeros(num_params), (jnp.zeros((50, num_examples)),)
     assert choose_chunk(lambda *_: None, shared, tasks) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_tasks", "most", "expected"),
+    [(32, 20, 16), (32, 32, 32), (1000, 18, 10), (7, 5, 5), (31, 18, 18), (5, 1, 1), (9, 3, 3)],
+)
+def test_a_chunk_divides_the_tasks_if_one_of_about_its_size_can(num_tasks, most, expected):
+    assert even_chunk(num_tasks, most) == expected
 
 
 @pytest.mark.parametrize("budget", [1, 1000, 10**9])

@@ -98,6 +98,10 @@ def load_images(
         if base == "glyphs":
             if not is_by_class:
                 raise _unknown_split(name, split, [])
+            if data_dir is not None and not Path(data_dir).expanduser().exists():
+                raise DataError(
+                    f"data_dir {data_dir} does not exist; glyphs need none: leave it out"
+                )
             data = _load_glyphs(size or 28, cache, progress)
         else:
             stored = "train+test" if is_by_class else split
@@ -196,6 +200,11 @@ def _decode(
         raise DataError(f"the pictures of {name!r} differ in size; give size, in pixels a side")
     is_omniglot = name.partition(":")[0] == "omniglot"
     channels = 1 if is_omniglot else shape[2]
+    if channels not in _CHANNEL_MODES:
+        raise DataError(
+            f"the pictures of {name!r} have {channels or 'any number of'} channels; load_images "
+            "needs 1, 3 or 4: give a data set that has them"
+        )
 
     source = _encoded_pictures(builder, name, split)
     images = np.empty((len(source), height, width, channels), np.uint8)

@@ -268,6 +268,7 @@ class Conv(nn.Module):
 
 
 @jax.jit
+@jax.named_scope("max_pool_2x2")
 def max_pool_2x2(images: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
     """The maximum of each 2x2 block; an odd last row or column is dropped.
 

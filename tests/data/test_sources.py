@@ -310,6 +310,7 @@ def test_full_disk_leaves_no_half_of_a_cache_file(folders, monkeypatch):
         ("omniglot", "vinyals", {}, "not in data_dir"),
         ("omniglot", "vinyals/dev", {}, "not in data_dir"),
         ("glyphs", "dev", {}, "no split 'dev'; give one of train, val, trainval, test"),
+        ("glyphs", "train", {"data_dir": "/no/folder"}, "/no/folder does not exist; glyphs need"),
     ],
 )
 def test_user_mistakes_are_one_clear_line(name, split, options, message, folders):
@@ -340,6 +341,15 @@ def test_pictures_of_many_sizes_need_a_size(folders):
     with pytest.raises(DataError, match="differ in size; give size"):
         load_images("mixed", "train", **folders)
     assert load_images("mixed", "train", size=8, **folders).images.shape == (2, 8, 8, 3)
+
+
+def test_pictures_of_another_number_of_channels_are_named(folders):
+    examples = [{"image": png(random_pixels(1, (5, 4, 3))[0]), "label": 0}]
+    image = tfds.features.Image(shape=(5, 4, None))
+    features = {"image": image, "label": tfds.features.ClassLabel(num_classes=1)}
+    write_tfds(folders["data_dir"], "open", {"train": examples}, features)
+    with pytest.raises(DataError, match="any number of channels; load_images needs 1, 3 or 4"):
+        load_images("open", "train", **folders)
 
 
 @pytest.mark.parametrize("labelled", [True, False])

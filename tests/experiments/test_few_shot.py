@@ -206,6 +206,32 @@ def test_a_checkpoint_of_another_net_or_of_other_class_lists_is_refused(tmp_path
         few_shot.main(dataclasses.replace(tested, checkpoint=tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--preset", "omniglot"), "invalid choice"),
+        (("--data-dir", "/no/folder"), "data_dir /no/folder does not exist"),
+        (("--dataset", "circles", "--data-dir", "."), "'circles' is not in data_dir ."),
+        (("--num-ways", "5000"), "5000"),
+        (("--checkpoint", "/no/run"), "can't read /no/run/config.json"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(tmp_path, capsys, flags, says):
+    with pytest.raises(SystemExit) as leaving:
+        program.run(
+            "few_shot",
+            few_shot.main,
+            few_shot.PRESETS,
+            default="smoke",
+            vary=few_shot_config.with_learner,
+            argv=["--run-dir", str(tmp_path / "run"), *flags],
+        )
+    printed = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert says in printed
+    assert printed.count("\n") == 1
+
+
 def test_a_learner_brings_its_settings_and_a_folder_of_its_own_and_flags_win_over_them():
     def parse(*argv):
         return program.parse(

@@ -13,6 +13,8 @@ from metagen_jax.meta.learned_optimizer import (
     learned_optimizer,
     log_and_sign,
 )
+from metagen_jax.meta.update_rules import learned_rule_loss
+from metagen_jax.types import Episode, MetaParams
 
 KEY = jax.random.key(0)
 
@@ -157,6 +159,35 @@ def test_meta_gradient_equals_finite_differences():
     jax.tree.map(
         lambda exact, other: np.testing.assert_allclose(exact, other, rtol=1e-6, atol=1e-9),
         jax.jit(jax.grad(loss))(rule_params),
+        numerical,
+    )
+
+
+def test_with_an_initialisation_it_is_trained_as_any_rule():
+    def regression(params, batch, key):
+        del key
+        return jnp.mean((batch[0] @ params - batch[1]) ** 2), {}
+
+    rng = np.random.default_rng(1)
+    inputs, targets = jnp.asarray(rng.normal(size=(2, 4, 3))), jnp.asarray(rng.normal(size=(2, 4)))
+    episode = Episode((inputs[0], targets[0]), (inputs[1], targets[1]))
+    loss_fn = learned_rule_loss(regression, rule=learned_optimizer, num_steps=3)
+
+    def loss(meta):
+        return loss_fn(meta, episode, KEY)[0]
+
+    meta = MetaParams(jnp.array([1.0, -0.5, 0.2]), trained())
+    gradient = jax.grad(lambda params: regression(params, episode.support, KEY)[0])
+    params, optimizer = meta.init, learned_optimizer(meta.rule)
+    state = optimizer.init(params)
+    for _ in range(3):
+        updates, state = optimizer.update(gradient(params), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(loss(meta), regression(params, episode.query, KEY)[0], rtol=1e-12)
+    numerical = references.finite_differences(jax.jit(loss), meta, step=1e-5)
+    jax.tree.map(
+        lambda exact, other: np.testing.assert_allclose(exact, other, rtol=1e-5, atol=1e-8),
+        jax.jit(jax.grad(loss))(meta),
         numerical,
     )
 
