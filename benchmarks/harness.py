@@ -4,11 +4,11 @@ Variants are timed in turns within one process, round after round, and compared 
 a machine that slows down slows all of them.
 """
 
-import collections
 import functools
 import json
 import math
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -117,15 +117,14 @@ def time_in_turns(
 ) -> None:
     """Calls each function once a round and appends the seconds to its timing.
 
-    Each round begins one function further on, as a turn after one that uses much memory is slower.
+    Each round has an order of its own, as a turn after one that uses much memory is slower.
     One that has taken longer than `patience`, in seconds, is not called again.
     """
-    order = collections.deque(calls.items())
+    rng = random.Random(0)
     for _ in range(rounds):
-        for name, call in order:
+        for name, call in rng.sample(list(calls.items()), len(calls)):
             if max(timings[name].seconds, default=0.0) < patience:
                 timings[name].seconds.append(_seconds(call))
-        order.rotate(-1)
 
 
 def _seconds(call: Callable[[], Any]) -> float:

@@ -95,10 +95,13 @@ def main(config: Config) -> dict[str, Any]:
     # Drawn once, so that runs and models are compared on the same values.
     val, test = (
         draw_values(config, jax.random.key(seed), images)
-        for seed, images in ((VALIDATION_SEED, splits.val), (TEST_SEED, splits.test))
+        for seed, images in (
+            (VALIDATION_SEED, splits.val),
+            (TEST_SEED, splits.test[: config.num_test]),
+        )
     )
     model = MODELS[config.model](config, shape)
-    counts = " / ".join(f"{len(images):,}" for images in splits[:3])
+    counts = " / ".join(f"{len(images):,}" for images in (splits.train, val, test))
     print(f"{config.dataset}: {counts} images for training / validation / test")
     print(f"training {config.model}")
     result = train(config, model, splits.train, val)

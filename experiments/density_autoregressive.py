@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -30,18 +31,37 @@ from metagen_jax.gradients import gradients
 from metagen_jax.nets.made import MADE
 from metagen_jax.nets.pixelcnn import PixelCNN
 from metagen_jax.nets.pixelrnn import PixelRNN
-from metagen_jax.types import Params, PRNGKey
+from metagen_jax.types import Metrics, Params, PRNGKey
 
 
 def made(config: Config, shape: Shape) -> Model:
-    """MADE over the values of an image in the order of reading."""
+    """MADE over the values of an image in the order of reading.
+
+    Each step of training takes one of the sets of masks; otherwise a value's probability is the
+    mean over all of them, a distribution as well.
+    """
     num_params = num_value_params(config)
-    net = MADE(config.hidden_sizes, num_params, direct=True)
+    net = MADE(config.hidden_sizes, num_params, num_masks=config.num_masks, direct=True)
+
+    def of_mask(params: Params, image: Array, index: Array | int) -> Array:
+        apply: Callable[..., Any] = net.apply
+        by_param = apply(params, to_floats(config, image).ravel(), mask_index=index)
+        return by_param.T.reshape(*image.shape, num_params)
 
     def outputs(params: Params, image: Array) -> Array:
-        apply: Callable[..., Any] = net.apply
-        by_param = apply(params, to_floats(config, image).ravel())
-        return by_param.T.reshape(*image.shape, num_params)
+        if config.num_masks == 1:
+            return of_mask(params, image, 0)
+        indices = jnp.arange(config.num_masks)
+        logits = jax.lax.map(lambda index: of_mask(params, image, index), indices)
+        # The log-odds of the mean probability.
+        set_, unset = (jax.nn.logsumexp(jax.nn.log_sigmoid(x), axis=0) for x in (logits, -logits))
+        return set_ - unset
+
+    def loss_fn(params: Params, images: Array, key: Array) -> tuple[Array, Metrics]:
+        index_key = key if key.ndim == 0 else key[0]
+        index = jax.random.randint(index_key, (), 0, config.num_masks)
+        log_prob = log_prob_by(lambda params, image: of_mask(params, image, index))
+        return negative_log_likelihood_loss(log_prob)(params, images, key)
 
     def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
         predict = functools.partial(outputs, params)
@@ -58,8 +78,11 @@ def made(config: Config, shape: Shape) -> Model:
         head = params["params"]["head"] | {"bias": jnp.log((ones + 0.5) / (number - ones + 0.5))}
         return {"params": params["params"] | {"head": head}}
 
-    log_prob = autoregressive_log_prob(outputs, functools.partial(value_log_prob, config))
-    return _model(config, shape, init, log_prob, complete)
+    def log_prob_by(apply: Callable[[Params, Array], Array]) -> LogProb:
+        return autoregressive_log_prob(apply, functools.partial(value_log_prob, config))
+
+    model = _model(config, shape, init, log_prob_by(outputs), complete)
+    return model._replace(grad_fn=gradients(loss_fn))
 
 
 def pixelcnn(config: Config, shape: Shape) -> Model:

@@ -50,6 +50,8 @@ class Config:
     """Channels of the first convolution, or of each layer of a PixelCNN or PixelRNN."""
     num_layers: int = 7
     """Layers of a PixelCNN or PixelRNN, or of the flow of an `iaf_vae`'s posterior."""
+    num_masks: int = 1
+    """Sets of masks of a MADE, of which training takes one a step and the test the mean of all."""
     num_components: int = 5
     """Logistics in the mixture of each value, where values are levels."""
     num_samples: int = 1
@@ -62,7 +64,7 @@ class Config:
     batch_size: int = 100
     """Images in a step."""
     rate: float = 1e-3
-    """Learning rate of Adam, which decays to zero along a cosine."""
+    """Learning rate of Adam, which decays to zero along a cosine; that of a GAN stays."""
     epsilon: float = 1e-8
     """Of Adam, beside the root of its second moment. Where most gradients are larger, a larger one,
     such as the 1e-4 of Burda et al. 2016, keeps what is seldom seen from moving as much as the
@@ -83,6 +85,8 @@ class Config:
     """Images of the test whose lower half is completed, for models that can; the first ones."""
     quality: bool = False
     """Compare samples with test images by the features of a classifier that is trained for it."""
+    num_compared: int = 10_000
+    """Samples that are drawn for this, and test images, the first ones."""
     chunk: int = 20
     """Images that a device evaluates at once."""
 
@@ -110,32 +114,34 @@ PRESETS = {
 }
 
 _FLOW = {"values": "levels", "test_samples": 10}
+# Of models that take many passes of the net for an image.
+_SLOW_SAMPLES = {"num_completed": 100, "num_compared": 1000}
 
 # Over a preset's settings: what the model is, whatever the data.
 _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "vae": {"batch_size": 20, "epsilon": 1e-4},
     "iwae": {"num_samples": 50, "test_samples": 5000, "batch_size": 20, "epsilon": 1e-4},
-    "made": {"hidden_sizes": (8000,), "rate": 2e-4},
+    "made": {"hidden_sizes": (8000,), "rate": 2e-4, "num_masks": 32, **_SLOW_SAMPLES},
     "pixelcnn": {"num_layers": 5, "batch_size": 16, "rate": 2e-3},
-    "row_lstm": {"num_filters": 16, "batch_size": 16, "rate": 2e-3, "num_completed": 100},
+    "row_lstm": {"num_filters": 16, "batch_size": 16, "rate": 2e-3, **_SLOW_SAMPLES},
     "diagonal_bilstm": {
         "num_filters": 16,
         "num_layers": 4,
         "batch_size": 16,
         "rate": 2e-3,
-        "num_completed": 100,
+        **_SLOW_SAMPLES,
     },
     "realnvp": {**_FLOW, "batch_size": 16, "num_completed": 20},
     "glow": {**_FLOW, "batch_size": 16, "num_completed": 20},
-    "maf": {**_FLOW, "hidden_sizes": (512,)},
-    "spline": {**_FLOW, "hidden_sizes": (256,)},
-    "gan": {"values": "levels", "num_filters": 32, "batch_size": 64},
+    "maf": {**_FLOW, "hidden_sizes": (512,), "num_compared": 1000},
+    "spline": {**_FLOW, "hidden_sizes": (256,), "num_compared": 1000},
+    "gan": {"values": "levels", "num_filters": 32, "batch_size": 64, "rate": 2e-4},
     "flow_matching": {
         "values": "levels",
         "num_filters": 32,
         "batch_size": 64,
-        "num_test": 100,
-        "num_completed": 100,
+        "num_test": 1000,
+        **_SLOW_SAMPLES,
     },
     "iaf_vae": {"num_layers": 4, "epsilon": 1e-4},
     "ladder_vae": {"num_latents": 32, "hidden_sizes": (512, 256)},
@@ -147,11 +153,15 @@ _STEPS: dict[ModelName, int] = {
     "vae": 400_000,
     "iwae": 150_000,
     "iaf_vae": 120_000,
+    "ladder_vae": 60_000,
     "made": 12_000,
     "pixelcnn": 24_000,
     "row_lstm": 24_000,
     "diagonal_bilstm": 16_000,
     "glow": 20_000,
+    "realnvp": 6000,
+    "maf": 40_000,
+    "spline": 6000,
     "gan": 6000,
 }
 _STEPS_OF_LEVELS: dict[ModelName, int] = {"vae": 60_000}
@@ -159,13 +169,18 @@ _STEPS_OF_LEVELS: dict[ModelName, int] = {"vae": 60_000}
 
 def with_model(preset: Config, line: Config) -> Config:
     """The preset's settings with those that the model of the command line brings."""
-    preset = replace(preset, **_BY_MODEL.get(line.model, {}))
-    if preset.dataset != "glyphs" and line.model in _STEPS:
-        levels = _STEPS_OF_LEVELS if preset.values == "levels" else {}
+    brought = dict(_BY_MODEL.get(line.model, {}))
+    if preset.values == "static":
+        brought.pop("values", None)  # Stored as 0 and 1.
+    values = brought.get("values", preset.values)
+    if values == "levels":
+        brought.pop("num_masks", None)
+    if {preset.dataset, line.dataset} != {"glyphs"} and line.model in _STEPS:
+        levels = _STEPS_OF_LEVELS if values == "levels" else {}
         steps = levels.get(line.model, _STEPS[line.model])
-        preset = replace(preset, steps=steps, validate_every=max(500, steps // 40))
+        brought |= {"steps": steps, "validate_every": max(500, steps // 40)}
     run_dir = preset.run_dir.with_name(f"{preset.run_dir.name}-{line.model}")
-    return replace(preset, model=line.model, run_dir=run_dir)
+    return replace(preset, **brought, model=line.model, run_dir=run_dir)
 
 
 def check(config: Config) -> None:
@@ -174,6 +189,7 @@ def check(config: Config) -> None:
         "num_latents",
         "num_filters",
         "num_layers",
+        "num_masks",
         "num_components",
         "num_samples",
         "steps",
@@ -183,7 +199,8 @@ def check(config: Config) -> None:
         "num_completed",
         "chunk",
     )
-    least = {name: 1 for name in counts} | {"num_validation": 2}  # An interval needs two.
+    # An interval needs two, a covariance more.
+    least = {name: 1 for name in counts} | {"num_validation": 2, "num_compared": 30}
     if config.num_test is not None:
         least |= {"num_test": 30}  # As many are drawn.
     program.require(
@@ -199,6 +216,10 @@ def check(config: Config) -> None:
         (config.rate > 0, f"rate is {config.rate}; give more than 0"),
         (config.epsilon >= 0, f"epsilon is {config.epsilon}; give 0 or more"),
         (config.weight_decay >= 0, f"weight_decay is {config.weight_decay}; give 0 or more"),
+        (
+            config.weight_decay == 0 or config.model != "gan",
+            f"weight_decay is {config.weight_decay}, and gan's players have none; give 0",
+        ),
         (
             not config.doubly_reparameterized or config.model in ("vae", "conv_vae", "iwae"),
             f"doubly_reparameterized asks for a Gaussian posterior, and model is {config.model}; "
@@ -216,6 +237,11 @@ def check(config: Config) -> None:
         (
             config.model != "made" or config.values != "levels" or config.dataset != "cifar10",
             "made of cifar10's levels has half a billion weights; give --model pixelcnn",
+        ),
+        (
+            config.num_masks == 1 or config.values != "levels",
+            f"num_masks is {config.num_masks} and values is levels, of which a mean over masks is "
+            "not made; give --num-masks 1, or --values static",
         ),
         (
             config.dataset != "binarized_mnist" or config.values == "static",

@@ -35,7 +35,7 @@ class Splits(NamedTuple):
 
 
 def load_splits(config: Config) -> Splits:
-    """The images, in an order that is the same every time, cut to the numbers asked for."""
+    """The images, in an order that is the same every time."""
     with decoding(config.dataset) as progress:
         size = 28 if config.dataset in _DARK_INK else None
         parts = [
@@ -54,8 +54,7 @@ def load_splits(config: Config) -> Splits:
         train, val, test = (255 - images for images in (train, val, test))
     if config.values == "static" and config.dataset != "binarized_mnist":
         train, val, test = ((images > 127).astype(np.uint8) for images in (train, val, test))
-    kept = slice(config.num_test)
-    return Splits(train, val[: config.num_validation], test[kept], train_labels, test_labels[kept])
+    return Splits(train, val[: config.num_validation], test, train_labels, test_labels)
 
 
 def draw_values(

@@ -24,8 +24,10 @@ from metagen_jax.generative.maximum_likelihood import LogProb, negative_log_like
 from metagen_jax.gradients import gradients
 from metagen_jax.types import Params, PRNGKey
 
-ALPHA = 0.05
-"""Of the logit transform, as RealNVP has it."""
+ALPHA_OF_IMAGES, ALPHA_OF_VECTORS = 0.05, 1e-6
+"""Of the logit transform, as RealNVP and MAF have it. With the larger one a pixel that is nearly
+always blank hardly varies, and ink there would lie hundreds of standard deviations away from it: a
+scale for each pixel needs the smaller."""
 
 COMPLETION_STEPS, COMPLETION_NOISE = 100, 0.1
 
@@ -33,6 +35,7 @@ COMPLETION_STEPS, COMPLETION_NOISE = 100, 0.1
 def flow(config: Config, shape: Shape) -> Model:
     """A flow of images or, for MAF and splines, of the vectors of their values."""
     images = config.model in ("realnvp", "glow")
+    alpha = ALPHA_OF_IMAGES if images else ALPHA_OF_VECTORS
     bijector = _bijector(config)
     flow_shape = shape if images else (shape[0] * shape[1] * shape[2],)
     log_density = flows.flow_log_prob(bijector)
@@ -41,10 +44,10 @@ def flow(config: Config, shape: Shape) -> Model:
 
     def to_reals(key: PRNGKey, image: Array) -> Array:
         noise = jax.random.uniform(key, image.shape)
-        return logit_transform((image + noise) / num_levels, alpha=ALPHA)[0].reshape(flow_shape)
+        return logit_transform((image + noise) / num_levels, alpha=alpha)[0].reshape(flow_shape)
 
     def to_levels(z: Array) -> Array:
-        y = inverse_logit_transform(z.reshape(shape), alpha=ALPHA)
+        y = inverse_logit_transform(z.reshape(shape), alpha=alpha)
         return quantize(y, num_levels=num_levels)
 
     def to_grey(z: Array) -> Array:
@@ -55,7 +58,7 @@ def flow(config: Config, shape: Shape) -> Model:
             def of_reals(z: Array) -> Array:
                 return log_density(params, z.reshape(flow_shape), key)
 
-            density = logit_density(of_reals, alpha=ALPHA)
+            density = logit_density(of_reals, alpha=alpha)
             return dequantized_log_prob(
                 key, image, density, num_samples=num_samples, num_levels=num_levels
             )

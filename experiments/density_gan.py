@@ -59,7 +59,7 @@ def gan(config: Config, shape: Shape) -> Model:
         image = generate(params.average, jnp.zeros(()), key[None])[0]
         return image / 2 + 0.5 if config.values == "levels" else image
 
-    adam = optax.adam(config.rate / 5, b1=0.5)
+    adam = optax.adam(config.rate, b1=0.5)
     return Model(
         init=init,
         grad_fn=lambda params, images, key: field(params, to_floats(config, images), key),

@@ -33,13 +33,14 @@ SAMPLE_SEED, BLOCK, NUM_SHOWN = 1_000_000_004, 500, 10
 def compare_and_report(
     config: Config, model: Model, params: Params, splits: Splits
 ) -> dict[str, Any]:
-    """Draws as many samples as there are test images, compares both, prints and draws.
+    """Draws as many samples as test images are compared, compares both, prints and draws.
 
     The features are those before the head of a `Conv4` with group norms, trained on the same
     training images for so many steps from a seed of its own: the same for every model.
     """
     peak = 1 if config.values == "static" else 255
-    train, test = (x.astype(np.float32) / peak for x in (splits.train, splits.test))
+    kept = slice(config.num_compared)
+    train, test = (x.astype(np.float32) / peak for x in (splits.train, splits.test[kept]))
     samples = _draw_samples(model, params, len(test))
     classifier = _train_classifier(config, train, splits.train_labels)
     num_classes = int(splits.train_labels.max()) + 1
@@ -63,8 +64,9 @@ def compare_and_report(
         "precision": quality.precision,
         "recall": quality.recall,
         "num_samples": len(samples),
+        "samples_are": model.samples_are or "draws",
         "smallest_share_of_a_class": float(shares.min()),
-        "classifier_accuracy": float((logits["test"].argmax(1) == splits.test_labels).mean()),
+        "classifier_accuracy": float((logits["test"].argmax(1) == splits.test_labels[kept]).mean()),
     }
     _print_table(config, numbers)
     _draw_nearest(config, samples[:NUM_SHOWN], train)
@@ -110,7 +112,8 @@ def _in_blocks(function, images: np.ndarray) -> Float[np.ndarray, "n d"]:
 
 def _print_table(config: Config, numbers: dict[str, Any]) -> None:
     table = rich.table.Table(
-        title=f"{numbers['num_samples']:,} samples of {config.model}, by a classifier's features",
+        title=f"{numbers['num_samples']:,} samples of {config.model}, by a classifier's features; "
+        f"they are {numbers['samples_are']}",
         caption=f"classifier: accuracy {100 * numbers['classifier_accuracy']:.1f} % on test images",
     )
     table.add_column("Frechet distance from test images")

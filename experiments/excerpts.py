@@ -63,15 +63,19 @@ def as_list(sequences: Sequences) -> list[np.ndarray]:
 def draw_excerpts(
     key: PRNGKey, sequences: Sequences, *, count: int, length: int, warm_up: int
 ) -> tuple[Excerpt, Float[Array, "count d"]]:
-    """Excerpts from places that are drawn evenly from all elements of all sequences.
+    """Excerpts from places that are drawn evenly, so that all elements count about as often.
 
-    A place near the end is moved back until `length` elements follow, or the sequence begins. From
-    there on `length` elements count, as far as the sequence goes, and `warm_up` before it are seen;
-    near the beginning of a sequence the excerpt begins there, and all of it counts.
+    From its place on `length` elements count, as far as the sequence goes, and `warm_up` before it
+    are seen; near the beginning of a sequence the excerpt begins there, and all of it counts. A
+    place near the end is moved back until `length` elements follow, or the sequence begins. A
+    sequence of less than `length` has `length` places: it would else be drawn the more seldom the
+    shorter it is, though each time it counts as a whole.
     """
     values, starts, conditions = sequences
-    place = jax.random.randint(key, (count,), 0, len(values))
-    owner = jnp.searchsorted(starts, place, side="right") - 1
+    places = jnp.cumsum(jnp.maximum(jnp.diff(starts), length))
+    drawn = jax.random.randint(key, (count,), 0, places[-1])
+    owner = jnp.searchsorted(places, drawn, side="right")
+    place = starts[owner] + drawn - jnp.where(owner > 0, places[owner - 1], 0)
     place = jnp.minimum(place, jnp.maximum(starts[owner + 1] - length, starts[owner]))
     begin = jnp.maximum(place - warm_up, starts[owner])
     first = jnp.where(begin == starts[owner], begin, place)
@@ -115,7 +119,8 @@ def excerpt_loss(
         each has tasks of its own.
 
     Returns:
-      A loss over `(excerpts, conditions)`.
+      A loss over `(excerpts, conditions)`, whose metric `count` is how many count, for
+      `weighted_by_count`.
     """
 
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
@@ -124,7 +129,8 @@ def excerpt_loss(
         log_probs = categorical_log_prob(
             excerpts.values, predict(params, excerpts.values, conditions)
         )
-        return -counted_mean(log_probs, excerpts.counted, axis_name=axis_name), {}
+        count = excerpts.counted.sum().astype(log_probs.dtype)
+        return -counted_mean(log_probs, excerpts.counted, axis_name=axis_name), {"count": count}
 
     return loss_fn
 

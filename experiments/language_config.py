@@ -38,8 +38,9 @@ class Config:
     """Features of a token."""
     depth: int = 4
     """Blocks of the transformer."""
-    num_heads: int = 4
-    """Heads of an attention, an even number: half of them look back and half ahead."""
+    num_heads: int = 8
+    """Heads of an attention, an even number: half of them look back and half ahead, each 16 times
+    as far as the one before."""
 
     mask_share: float = 0.15
     """Of the tokens, how many are hidden."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+_NO_RESULTS = ":(exclude,top,glob)*/results/**"
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "metagen_jax")
 
 
@@ -25,7 +26,8 @@ def provenance() -> dict[str, Any]:
             "processor": _processor(),
         },
         "commit": commit or None,
-        "dirty": bool(_git("status", "--porcelain")) if commit else None,
+        # What earlier programs of a series have written is no change of the code.
+        "dirty": bool(_git("status", "--porcelain", ":/", _NO_RESULTS)) if commit else None,
     }
 
 

@@ -214,10 +214,10 @@ def autoregressive(net: MADE, transform: Transform) -> Bijector:
       UserError: if the net has another number of outputs than the transform has parameters, or
         several orders.
     """
-    if net.num_params != transform.num_params or net.num_orders != 1:
+    if net.num_params != transform.num_params or net.num_masks != 1:
         raise UserError(
-            f"the net has {net.num_params} outputs an input and num_orders {net.num_orders}; give "
-            f"num_params={transform.num_params}, as the transform has, and num_orders=1"
+            f"the net has {net.num_params} outputs an input and num_masks {net.num_masks}; give "
+            f"num_params={transform.num_params}, as the transform has, and num_masks=1"
         )
 
     def init(key: PRNGKey, batch: Array, condition: Array | None = None) -> Params:

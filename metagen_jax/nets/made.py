@@ -32,8 +32,10 @@ class MADE(nn.Module):
       hidden_sizes: units of each hidden layer, `hidden0`, `hidden1`, ...
       num_params: outputs for each input: 1 for the logit of a Bernoulli, 2 for a mean and a scale.
       order: "natural", "reversed" or a seed. Parameters belong to the order they were trained with.
-      num_orders: above 1, so many random orders and connectivities, from seeds `order`, `order` + 1
-        and so on, of which each call chooses one: training over all of them is order-agnostic.
+      num_masks: above 1, so many sets of masks, of which each call chooses one. Each spreads the
+        degrees over the hidden units in a random way: training over all of them is
+        connectivity-agnostic. With a seed as `order` each also has an order of its own, from seeds
+        `order`, `order` + 1 and so on: training is then order-agnostic as well.
       direct: whether inputs are also connected to outputs past the hidden layers.
       activation: any elementwise function.
       head_init: of the last layer's kernel; zeros make the outputs start at zero.
@@ -42,7 +44,7 @@ class MADE(nn.Module):
     hidden_sizes: Sequence[int]
     num_params: int = 1
     order: Order = "natural"
-    num_orders: int = 1
+    num_masks: int = 1
     direct: bool = False
     activation: Callable[[Array], Array] = nn.relu
     head_init: Initializer = nn.initializers.lecun_normal()
@@ -53,28 +55,28 @@ class MADE(nn.Module):
         x: Float[AnyArray, "*batch inputs"],
         condition: Float[AnyArray, "*batch condition"] | None = None,
         *,
-        order_index: int | Int[Array, ""] = 0,
+        mask_index: int | Int[Array, ""] = 0,
     ) -> Float[Array, "*batch params inputs"]:
         """Parameters of each input's conditional.
 
         Args:
           x: `(*batch, inputs)`.
           condition: `(*batch, condition)`, what the whole distribution depends on.
-          order_index: which of the `num_orders` orders; may be traced.
+          mask_index: which of the `num_masks` sets of masks; may be traced.
 
         Returns:
           `(*batch, num_params, inputs)`: entry `[..., i]` depends on no input from i on.
 
         Raises:
-          UserError: for an unknown order, or several orders without a seed.
+          UserError: for an unknown order, or no masks.
         """
         x = jnp.asarray(x)
         num_inputs = x.shape[-1]
-        ranks = jnp.asarray(self.ranks(num_inputs))[order_index]
+        ranks = jnp.asarray(self.ranks(num_inputs))[mask_index]
         h, seen = x, ranks
         for i, size in enumerate(self.hidden_sizes):
             degrees = self._degrees(i, size, num_inputs, conditional=condition is not None)
-            degrees = jnp.asarray(degrees)[order_index]
+            degrees = jnp.asarray(degrees)[mask_index]
             h = _MaskedDense(size, name=f"hidden{i}")(h, seen[:, None] <= degrees)
             if condition is not None:
                 h += nn.Dense(size, use_bias=False, name=f"condition{i}")(condition)
@@ -95,33 +97,32 @@ class MADE(nn.Module):
             )(condition)
         return outputs.reshape(*x.shape[:-1], self.num_params, num_inputs)
 
-    def ranks(self, num_inputs: int) -> Int[np.ndarray, "orders inputs"]:
-        """The place of each input in each order, from 0."""
-        if self.num_orders < 1 or (self.num_orders > 1 and isinstance(self.order, str)):
-            raise UserError(
-                f"num_orders is {self.num_orders} with order {self.order!r}; give a positive "
-                "number and, for more than one, a seed as order"
-            )
+    def ranks(self, num_inputs: int) -> Int[np.ndarray, "masks inputs"]:
+        """The place of each input in the order of each set of masks, from 0."""
+        if self.num_masks < 1:
+            raise UserError(f"num_masks is {self.num_masks}; give 1 or more")
         if isinstance(self.order, int):
-            seeds = range(self.order, self.order + self.num_orders)
+            seeds = range(self.order, self.order + self.num_masks)
             return np.stack([_shuffled(num_inputs, seed) for seed in seeds])
         if self.order not in ("natural", "reversed"):
             raise UserError(
                 f'order is {self.order!r}; give "natural", "reversed" or a seed for a random one'
             )
         natural = np.arange(num_inputs)
-        return natural[None] if self.order == "natural" else natural[None, ::-1]
+        ranks = natural if self.order == "natural" else natural[::-1]
+        return np.tile(ranks, (self.num_masks, 1))
 
     def _degrees(
         self, layer: int, size: int, num_inputs: int, *, conditional: bool
-    ) -> Int[np.ndarray, "orders units"]:
+    ) -> Int[np.ndarray, "masks units"]:
         """Evenly spread from the first rank, or before it, to the last but one."""
         first = -1 if conditional else 0
         count = max(num_inputs - 1 - first, 1)
         degrees = first - 1 + -(-np.arange(1, size + 1) * count // size)
-        if self.num_orders == 1:
+        if self.num_masks == 1:
             return degrees[None]
-        seeds = [(self.order, layer, index) for index in range(self.num_orders)]
+        seed = self.order if isinstance(self.order, int) else 0
+        seeds = [(seed, layer, index) for index in range(self.num_masks)]
         return np.stack([degrees[_shuffled(size, seed)] for seed in seeds])
 
 

@@ -176,7 +176,9 @@ def cpc_sequence_loss(
       A loss over batches `(sequences (n, t, ...), lengths (n,))`; what lies behind a sequence's
       length counts nowhere, and 0 for sequences without any prediction. Its metric `information`,
       in nats, is the mean of `ln N` less the loss, N the number of candidates: it estimates, from
-      below and never above `ln N`, what a context tells of a frame (their section 2.3). It raises a
+      below and never above `ln N`, what a context tells of a frame (their section 2.3); `count` is
+      how many predictions there are, for `weighted_by_count` where candidates are of the same
+      sequence, as those of a chunk are otherwise fewer. It raises a
       UserError for too few frames, unknown `negatives`, or predictions of another shape.
     """
     if negatives not in get_args(Negatives):
@@ -222,7 +224,8 @@ def cpc_sequence_loss(
             counted_mean(jnp.concatenate(x, axis=1), there, axis_name=axis_name)
             for x in (losses, logs)
         )
-        return loss, {"information": candidates - loss}
+        count = there.sum().astype(loss.dtype)
+        return loss, {"information": candidates - loss, "count": count}
 
     return loss_fn
 

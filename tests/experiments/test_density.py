@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import density, program
+from experiments import density, density_quality, program
 from experiments.density_config import PRESETS, Config, ModelName, check, with_model
-from experiments.density_data import draw_values, load_splits
+from experiments.density_data import Splits, draw_values, load_splits
 from experiments.density_model import draw_pixel, num_pixel_params, pixel_log_prob
 from experiments.density_models import MODELS
 from metagen_jax.errors import UserError
@@ -24,7 +24,8 @@ SMALL = {"num_latents": 3, "hidden_sizes": (6, 5), "num_filters": 8, "num_layers
 
 def config_of(name, **settings):
     line = Config(model=name)
-    return replace(with_model(PRESETS["smoke"], line), **SMALL, **settings)
+    masks = {"num_masks": 1 if settings.get("values") == "levels" else 3}
+    return replace(with_model(PRESETS["smoke"], line), **SMALL, **masks, **settings)
 
 
 # Flows take both kinds of values by one path, and to trace them takes longest.
@@ -118,6 +119,33 @@ def test_a_run_gives_its_numbers_and_draws_its_pictures(tmp_path):
     json.dumps(numbers)
 
 
+@pytest.mark.slow
+def test_samples_are_compared_with_as_many_test_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(density_quality, "CLASSIFIER_STEPS", 2)
+    config = config_of("vae", values="levels", dataset="mnist", quality=True, num_compared=40)
+    config = replace(config, run_dir=tmp_path)
+    rng = np.random.default_rng(0)
+    train, val, test = (rng.integers(0, 256, (n, 28, 28, 1), np.uint8) for n in (90, 10, 60))
+    splits = Splits(train, val, test, np.arange(90, dtype=np.int32) % 3, np.arange(60) % 3)
+    model = MODELS["vae"](config, (28, 28, 1))
+    params = model.init(KEY, jnp.asarray(train[:8], jnp.int32))
+    numbers = density_quality.compare_and_report(config, model, params, splits)
+    assert numbers["num_samples"] == 40
+    assert numbers["samples_are"] == "means of the pixels"
+    # Images of one distribution are nearer than samples of a model that has learned nothing.
+    assert 0 <= numbers["frechet_distance_of_training_images"] < numbers["frechet_distance"]
+    assert 0 <= numbers["smallest_share_of_a_class"] <= 1 / 3
+    assert (tmp_path / "nearest.png").stat().st_size > 1000
+    json.dumps(numbers)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_model_has_settings_for_every_preset(preset):
+    for name in get_args(ModelName):
+        if (name, preset) != ("made", "cifar10"):
+            check(with_model(PRESETS[preset], replace(PRESETS[preset], model=name)))
+
+
 def test_a_model_brings_its_settings_and_the_command_line_wins():
     def parse(*argv):
         return program.parse("density", PRESETS, default="glyphs", vary=with_model, argv=argv)
@@ -126,6 +154,8 @@ def test_a_model_brings_its_settings_and_the_command_line_wins():
     assert parse("--model", "iwae", "--num-samples", "5").num_samples == 5
     assert parse("--model", "glow").values == "levels"
     assert parse("--model", "glow").run_dir.name == "density-glyphs-glow"
+    assert parse("--preset", "binarized-mnist", "--model", "glow").values == "static"
+    assert parse("--dataset", "mnist", "--model", "made").steps == 12_000
 
 
 def test_values_are_ink_high_and_binary_ones_drawn_in_proportion():
@@ -153,6 +183,8 @@ def test_values_are_ink_high_and_binary_ones_drawn_in_proportion():
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0; give 0 or more"),
         ({"model": "iaf_vae", "doubly_reparameterized": True}, "and model is iaf_vae"),
         ({"quality": True}, "dataset is glyphs; give --no-quality"),
+        ({"num_masks": 2, "values": "levels"}, "num_masks is 2 .*; give --num-masks 1"),
+        ({"model": "gan", "weight_decay": 0.1}, "gan's players have none; give 0"),
     ],
 )
 def test_mistakes_are_named_before_training(settings, message):

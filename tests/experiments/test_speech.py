@@ -59,6 +59,18 @@ def test_excerpts_are_what_they_say_and_count_what_they_saw_enough_before():
     assert len(seen) == 68, "every sample has its turn"
 
 
+def test_all_samples_count_about_as_often_whatever_the_length_of_their_recording():
+    lengths = 4, 9, 300
+    sounds = to_sounds(recordings_of(*lengths), conditional=False)
+    # Which sample it is, in place of the sample.
+    sounds = sounds._replace(values=np.arange(sum(lengths)))
+    excerpts, _ = draw_excerpts(KEY, sounds, count=20_000, length=10, warm_up=6)
+    times = np.bincount(np.asarray(excerpts.values)[np.asarray(excerpts.counted)])
+    of_short, inner = times[:13], times[13 + 16 : -20]
+    np.testing.assert_allclose(of_short / inner.mean(), 1, rtol=0.15)
+    np.testing.assert_allclose(inner / inner.mean(), 1, rtol=0.25)
+
+
 @pytest.mark.slow
 def test_a_cut_counts_every_sample_once_and_is_exact():
     """In pieces, padded, the log-probability of each recording is that of the recording alone."""
@@ -97,7 +109,9 @@ def test_the_loss_is_the_mean_over_what_counts_on_any_number_of_devices():
         grad_fn = data_parallel(
             gradients(excerpt_loss(predict)), devices=jax.devices()[:num_devices]
         )
-        return jax.jit(grad_fn)(params, (excerpts, conditions), KEY)
+        direction, metrics = jax.jit(grad_fn)(params, (excerpts, conditions), KEY)
+        assert metrics.pop("count") == 73 / num_devices
+        return direction, metrics
 
     one = evaluate(excerpts, 1)
     total = sum(

@@ -289,7 +289,7 @@ def test_says_what_is_needed():
         (lambda: affine_transform(max_log_scale=0), "max_log_scale is 0; give a positive"),
         (lambda: spline_transform(num_bins=0), "num_bins is 0; give a positive"),
         (lambda: CASES["coupling"][0].init(KEY, vector), r"shape \(1,\) can't be parted"),
-        (lambda: autoregressive(net, AFFINE), "net has 3 outputs an input and num_orders 1; give"),
+        (lambda: autoregressive(net, AFFINE), "net has 3 outputs an input and num_masks 1; give"),
     ):
         with pytest.raises(UserError, match=message):
             call()

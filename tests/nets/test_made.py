@@ -61,32 +61,45 @@ def test_the_first_output_is_no_linear_map_of_the_condition():
     assert abs(first(a + b) + first(jnp.zeros(2)) - first(a) - first(b)) > 1e-2
 
 
-@pytest.mark.parametrize("order_index", [0, 1, 2])
-def test_binary_probabilities_sum_to_one(order_index):
-    net = MADE((7, 6), 1, order=3, num_orders=3)
+@pytest.mark.parametrize("mask_index", [0, 1, 2])
+@pytest.mark.parametrize("order", [3, "natural"])
+def test_binary_probabilities_sum_to_one(order, mask_index):
+    net = MADE((7, 6), 1, order=order, num_masks=3)
     params = variables(net)
     params = jax.tree.map(lambda p: p - 1, params)
     vectors = np.array(list(itertools.product([0, 1], repeat=D)), np.float32)
 
     @jax.jit
     def log_probs(index):
-        logits = net.apply(params, vectors, order_index=index)[:, 0]
+        logits = net.apply(params, vectors, mask_index=index)[:, 0]
         return bernoulli_log_prob(vectors, logits).sum(-1)
 
-    log_probs = log_probs(order_index)
+    log_probs = log_probs(mask_index)
     np.testing.assert_allclose(np.exp(log_probs).sum(), 1, rtol=1e-5)
     assert log_probs.std() > 0.1
 
 
 def test_each_of_several_orders_has_masks_of_its_own_chosen_by_a_traced_index():
-    net = MADE((8, 8), 1, order=0, num_orders=4, activation=jax.nn.softplus)
+    net = MADE((8, 8), 1, order=0, num_masks=4, activation=jax.nn.softplus)
     params = variables(net)
     x = jnp.ones(D)
-    jacobian = jax.jit(lambda i: jax.jacobian(lambda x: net.apply(params, x, order_index=i)[0])(x))
+    jacobian = jax.jit(lambda i: jax.jacobian(lambda x: net.apply(params, x, mask_index=i)[0])(x))
     patterns = [np.asarray(jacobian(i)) != 0 for i in range(4)]
     for ranks, pattern in zip(net.ranks(D), patterns, strict=True):
         np.testing.assert_array_equal(pattern, ranks[:, None] > ranks)
     assert len({p.tobytes() for p in patterns}) == 4
+
+
+def test_of_a_fixed_order_each_set_of_masks_connects_in_another_way():
+    net = MADE((8, 8), 1, num_masks=3, activation=jax.nn.softplus)
+    params = variables(net)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=D), jnp.float32)
+    of_mask = jax.jit(lambda i: net.apply(params, x, mask_index=i)[0])
+    jacobian = jax.jit(lambda i: jax.jacobian(lambda x: net.apply(params, x, mask_index=i)[0])(x))
+    below = np.tril(np.ones((D, D), bool), -1)
+    for i in range(3):
+        np.testing.assert_array_equal(np.asarray(jacobian(i)) != 0, below)
+    assert len({np.asarray(of_mask(i)).tobytes() for i in range(3)}) == 3
 
 
 def test_equals_numpy():
@@ -126,7 +139,7 @@ def test_a_head_of_zeros_gives_outputs_of_zero():
 def test_random_orders_never_change():
     """Trained parameters are of no use with another."""
     expected = [[3, 2, 1, 0, 4, 5], [2, 4, 5, 0, 3, 1], [3, 0, 1, 4, 5, 2]]
-    np.testing.assert_array_equal(MADE((), order=0, num_orders=3).ranks(6), expected)
+    np.testing.assert_array_equal(MADE((), order=0, num_masks=3).ranks(6), expected)
 
 
 def test_gradient_of_vmapped_tasks_equals_a_loop():
@@ -149,8 +162,7 @@ def test_gradient_of_vmapped_tasks_equals_a_loop():
 def test_says_what_is_needed():
     for net, message in (
         (MADE((3,), order="backwards"), 'order is \'backwards\'; give "natural", "reversed" or'),
-        (MADE((3,), num_orders=2), "num_orders is 2 with order 'natural'; give a positive"),
-        (MADE((3,), order=1, num_orders=0), "num_orders is 0 with order 1; give a positive"),
+        (MADE((3,), num_masks=0), "num_masks is 0; give 1 or more"),
     ):
         with pytest.raises(UserError, match=message):
             net.init(KEY, jnp.zeros(D))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from references import finite_differences
 
+from metagen_jax.counted import weighted_by_count
 from metagen_jax.errors import UserError
-from metagen_jax.gradients import gradients
+from metagen_jax.gradients import gradients, mean_over_tasks
 from metagen_jax.parallel import data_parallel
 from metagen_jax.self_supervised.contrastive import info_nce
 from metagen_jax.self_supervised.cpc import cpc_sequence_loss
@@ -104,6 +105,18 @@ def test_frames_from_one_sequence_are_those_of_each_sequence_alone():
     np.testing.assert_allclose(whole, np.dot(weights, alone) / weights.sum(), rtol=1e-5)
 
 
+def test_in_chunks_of_sequences_that_are_weighted_by_count_it_is_the_same():
+    with jax.enable_x64(True):
+        params, batch = example(jnp.float64)
+        grad_fn = gradients(loss_of(negatives="sequence"))
+        expected = jax.jit(grad_fn)(params, batch, KEY)
+        in_chunks = weighted_by_count(grad_fn, mean_over_tasks)
+        fours = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
+        direction, metrics = jax.jit(in_chunks)(params, fours, KEY)
+        chex.assert_trees_all_close(direction, expected[0], rtol=1e-10)
+        np.testing.assert_allclose(metrics["loss"], expected[1]["loss"], rtol=1e-12)
+
+
 @pytest.mark.parametrize("negatives", NEGATIVES)
 def test_the_information_of_frames_that_can_be_told_is_the_bound_and_of_others_none(negatives):
     """Each frame is a number in one-hot; a context that names the next one finds it."""
@@ -152,8 +165,9 @@ def test_eight_devices_give_the_loss_of_one(negatives):
         params, batch = example(jnp.float64)
         expected = jax.jit(gradients(loss_of(negatives=negatives)))(params, batch, KEY)
         grad_fn = gradients(loss_of(negatives=negatives, axis_name="tasks"))
-        many = data_parallel(grad_fn, devices=jax.devices("cpu")[:8])
-        chex.assert_trees_all_close(many(params, batch, KEY), expected, atol=1e-12)
+        many = data_parallel(grad_fn, devices=jax.devices("cpu")[:8])(params, batch, KEY)
+        assert many[1].pop("count") == expected[1].pop("count") / 8
+        chex.assert_trees_all_close(many, expected, atol=1e-12)
 
 
 @pytest.mark.slow
