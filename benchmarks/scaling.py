@@ -137,17 +137,16 @@ def measure_growth(shrink, rounds: int) -> dict[str, list[Point]]:
     row = shrink(dataclasses.replace(ROWS["5-steps"], num_tasks=8))
     two = min(2, num_cores())
     vary = functools.partial(dataclasses.replace, row)
-    return {
-        "tasks": [measure(vary(num_tasks=n), two, n, rounds) for n in (4, 8, 16, 32)],
-        "inner steps": [measure(vary(num_steps=n), two, n, rounds) for n in (1, 2, 5, 10)],
-        "parameters": [
-            measure(wider, two, num_params(wider), rounds)
-            for wider in (vary(num_filters=f * row.num_filters // 4) for f in (1, 2, 4))
-        ],
-        "devices": [
-            measure(vary(num_tasks=MOST_DEVICES), n, n, rounds) for n in (1, 2, 4, MOST_DEVICES)
-        ],
+    wider = [vary(num_filters=f * row.num_filters // 4) for f in (1, 2, 4)]
+    sweeps = {
+        "tasks": [(vary(num_tasks=n), two, n) for n in (4, 8, 16, 32)],
+        "inner steps": [(vary(num_steps=n), two, n) for n in (1, 2, 5, 10)],
+        "parameters": [(wide, two, num_params(wide)) for wide in wider],
+        "devices": [(vary(num_tasks=MOST_DEVICES), n, n) for n in (1, 2, 4, MOST_DEVICES)],
     }
+    if shrink is small:
+        sweeps = {what: points[::3] for what, points in sweeps.items()}
+    return {what: [measure(*at, rounds) for at in points] for what, points in sweeps.items()}
 
 
 def print_growth(sweeps: dict[str, list[Point]]) -> dict[str, dict[str, Line | None]]:
@@ -212,7 +211,7 @@ def draw(sweeps: dict[str, list[Point]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a small net, one round, one sweep")
+    parser.add_argument("--smoke", action="store_true", help="a small net, one round, few points")
     parser.add_argument("--tasks-per-device", type=int, default=32)
     for field in dataclasses.fields(Device):
         flag = f"--{field.name.replace('_', '-')}"

@@ -60,6 +60,7 @@ def make_net(config: Config, vocab_size: int) -> Transformer:
         num_heads=config.num_heads,
         hidden_width=4 * config.width,
         causal=True,
+        by_distance=True,
         begin=BEGIN,
     )
 

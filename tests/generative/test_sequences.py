@@ -78,11 +78,11 @@ def test_cached_samples_of_wavenet_equal_those_in_order(draw):
     assert len(set(drawn)) == 6, "both the key and the condition count"
 
 
-@pytest.mark.parametrize("norm", ["pre", "post"])
-def test_cached_samples_of_a_transformer_equal_those_in_order(norm):
+@pytest.mark.parametrize("kind", [{"norm": "pre", "by_distance": True}, {"norm": "post"}])
+def test_cached_samples_of_a_transformer_equal_those_in_order(kind):
     """From nothing, after a prompt, and between tokens that are given."""
     net = Transformer(
-        8, 12, width=6, depth=2, num_heads=2, hidden_width=7, causal=True, norm=norm, begin=7
+        8, 12, width=6, depth=2, num_heads=2, hidden_width=7, causal=True, begin=7, **kind
     )
     start, scattered = half_given(11)
     start = start.astype(int)
