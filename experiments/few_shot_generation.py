@@ -30,8 +30,7 @@ filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018.
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,28 +44,19 @@ from experiments.few_shot_generation_data import Splits, load_splits, test_episo
 from experiments.few_shot_generation_learners import Learner, make_learner
 from experiments.few_shot_generation_presets import PRESETS, with_model
 from experiments.few_shot_generation_report import Row
+from experiments.few_shot_generation_start import Averaged, check_start, first_params
 from experiments.few_shot_generation_use import use_and_report
-from metagen_jax.data.episodes import ClassData
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.likelihood_by_shots import choose_adaptation, evaluate_nll
 from metagen_jax.gradients import mean_over_tasks, task_keys
 from metagen_jax.parallel import data_parallel, replicate
-from metagen_jax.training import FitResult, fit, init_state, load_params, train_step
-from metagen_jax.types import MetaParams, Metrics, Params, PRNGKey
+from metagen_jax.training import FitResult, fit, init_state, train_step
+from metagen_jax.types import Metrics, Params, PRNGKey
 
 # Of the episodes of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, CHOICE_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002, 1_000_000_003
 # Shots of a validation, of whose figures the mean is taken.
 VALIDATION_SHOTS = 1, 4
-# Images by which flows set their first scales.
-NUM_INIT = 100
-
-
-class Averaged(NamedTuple):
-    """Parameters that are trained, and the moving average that follows them."""
-
-    current: Params
-    average: Params
 
 
 def train(
@@ -150,27 +140,6 @@ def places(config: Config) -> dict[str, Any]:
     return {"chunk": config.chunk, "devices": jax.local_devices()[: config.num_devices]}
 
 
-def first_params(config: Config, learner: Learner, data: ClassData) -> Params:
-    """Parameters before training, scaled by the first draws of some images."""
-    images = data.examples[:: max(1, len(data.examples) // NUM_INIT)][:NUM_INIT]
-    init_key, _ = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(learner.init)(init_key, (images > 0).astype(np.int32))
-    if config.init_from is None:
-        return params
-    if isinstance(params, MetaParams):  # The model's own; the rule begins as ever.
-        return params._replace(init=params_of_run(config.init_from, params.init))
-    return params_of_run(config.init_from, params)
-
-
-def params_of_run(run_dir: Path, like: Params) -> Params:
-    """The best parameters of another run of the same model, of the learners without a rule."""
-    advice = "give the run_dir of a run for --init-from"
-    settings = program.read_settings(run_dir, advice=advice)
-    if settings.get("average_decay"):
-        return load_params(run_dir, Averaged(like, like)).average
-    return load_params(run_dir, like)
-
-
 def evaluate(
     config: Config, learner: Learner, params: Params, splits: Splits, sample_test: Sample
 ) -> dict[int, Row]:
@@ -210,6 +179,7 @@ def evaluate(
 def main(config: Config) -> dict[str, Any]:
     """Trains, tests, prints the table, draws the pictures; gives the numbers by name."""
     check(config)
+    check_start(config)
     other = load_other(config)
     splits = load_splits(config)
     learner = make_learner(config, splits.train.examples.shape[1:])

@@ -26,6 +26,9 @@ ModelName = Literal[
 AMORTISED = ("set_vae", "attention_pixelcnn")
 """Models that take the support set for a condition, and need no steps on it."""
 
+WITH_RULE = ("reptile", "meta_sgd", "learned_rates")
+"""Learners of parameters that are `MetaParams`: the model's, and what its steps begin with."""
+
 TUNED = ("pretrained", "scratch")
 """Learners whose rate is chosen on validation classes, as well as the steps."""
 
@@ -106,8 +109,8 @@ class Config:
     """Of a moving average of the parameters, which is validated and tested in their place; 0: of
     none."""
     init_from: Path | None = None
-    """Folder of a run of the same model whose best parameters training begins with, such as of
-    `--learner pretrained`; its minutes count as well."""
+    """Folder of a run of the same model and images whose best parameters training begins with, such
+    as of `--learner pretrained`; its minutes count as well."""
     chunk: int = 1
     """Tasks that a device works on at once; 1 is fastest on a CPU."""
     validate_every: int = 500

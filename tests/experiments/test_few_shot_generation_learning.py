@@ -16,6 +16,7 @@ from experiments.few_shot_generation_learners import Learner, make_learner
 from experiments.few_shot_generation_models import adaptive, density_model
 from experiments.few_shot_generation_presets import PRESETS, with_model
 from experiments.few_shot_generation_report import as_published
+from experiments.few_shot_generation_start import Averaged, first_params
 from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
 from metagen_jax.training import load_params
@@ -253,8 +254,8 @@ def test_training_goes_on_from_another_run_and_is_compared_with_it(tmp_path):
     config = config_of("meta_sgd", "vae", run_dir=second, init_from=first, against=first)
     splits = few_shot_generation_data.load_splits(config)
     made = make_learner(config, SHAPE)
-    start = few_shot_generation.first_params(config, made, splits.train)
-    kept = load_params(first, few_shot_generation.Averaged(start.init, start.init))
+    start = first_params(config, made, splits.train)
+    kept = load_params(first, Averaged(start.init, start.init))
     chex.assert_trees_all_equal(start.init, kept.average)
     found = few_shot_generation.main(config)
     assert found["against"] == "vae by pretrained"

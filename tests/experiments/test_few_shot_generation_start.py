@@ -1,0 +1,35 @@
+"""Which runs the training of few-shot generation may begin with."""
+
+from dataclasses import replace
+
+import pytest
+
+from experiments import few_shot_generation, program
+from experiments.few_shot_generation_presets import PRESETS
+from experiments.few_shot_generation_start import check_start
+from metagen_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "random1000"}, "of a run with split random1000, here it is lake; give"),
+        ({"dataset": "glyphs"}, "of a run with dataset glyphs, here it is omniglot; give"),
+        ({"resampling": "lanczos"}, "with resampling lanczos, here it is corner"),
+        ({"image_size": 26}, "with image_size 26, here it is 28"),
+        ({"values": "bernoulli"}, "with values bernoulli, here it is stored"),
+        ({"model": "conv_vae"}, "with model conv_vae, here it is vae"),
+        ({"learner": "reptile"}, "of a run by reptile, whose parameters have those of its rule"),
+    ],
+)
+def test_training_begins_with_runs_of_the_same_model_and_images_alone(tmp_path, changes, message):
+    before = replace(PRESETS["omniglot-lake"], learner="pretrained", run_dir=tmp_path / "before")
+    config = replace(PRESETS["omniglot-lake"], init_from=before.run_dir)
+    with pytest.raises(UserError, match=r"can't read .*give the run_dir of a run for --init-from"):
+        check_start(config)
+    program.prepare_run_dir(before)
+    check_start(config)
+    changed = replace(before, run_dir=tmp_path / "changed", **changes)
+    program.prepare_run_dir(changed)
+    with pytest.raises(UserError, match=message):
+        few_shot_generation.main(replace(config, init_from=changed.run_dir))
