@@ -14,7 +14,9 @@ given T of its images, with its 95 % interval over episodes. How many steps are 
 at what rate if that is not learned, is chosen for each T on validation classes. Writes to the run's
 folder: `result.json`, `nll_by_shots.png`, `nll_by_shots.npz` (the values of each episode, so that
 two runs may be compared in pairs), `samples.png` (support images, new samples before and after),
-`learning_curve.png`, metrics, checkpoints. `--against RUN_DIR` compares with such another run.
+`learning_curve.png`, metrics, checkpoints. `--against RUN_DIR` compares with such another run. With
+`--resume` a trained model is tested again, by other settings of the test (`Config.MAY_CHANGE`) if
+these are given; what the first test has written is then written anew, so copy the folder before.
 
 `--model gan` is FIGR (Clouatre and Demers 2019), Reptile over a GAN, which has samples alone.
 `--use-tasks 200` asks what samples are good for: the accuracy of a small net trained on few images
@@ -30,6 +32,7 @@ filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018.
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,12 +43,24 @@ from jaxtyping import PyTree
 from experiments import few_shot_generation_report, program
 from experiments.few_shot_generation_compare import load_other
 from experiments.few_shot_generation_config import Config, check
-from experiments.few_shot_generation_data import Splits, load_splits, test_episodes
+from experiments.few_shot_generation_data import (
+    VALIDATION_SHOTS,
+    Splits,
+    load_splits,
+    test_episodes,
+    validation_episodes,
+)
 from experiments.few_shot_generation_learners import Learner, make_learner
 from experiments.few_shot_generation_presets import PRESETS, with_model
 from experiments.few_shot_generation_report import Row
-from experiments.few_shot_generation_start import Averaged, check_start, first_params
+from experiments.few_shot_generation_start import (
+    Averaged,
+    check_resumed,
+    check_start,
+    first_params,
+)
 from experiments.few_shot_generation_use import use_and_report
+from metagen_jax.data.episodes import ClassData
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.likelihood_by_shots import choose_adaptation, evaluate_nll
 from metagen_jax.gradients import mean_over_tasks, task_keys
@@ -55,18 +70,12 @@ from metagen_jax.types import Metrics, Params, PRNGKey
 
 # Of the episodes of validation and test, the same for every --seed and unlike any likely one.
 VALIDATION_SEED, CHOICE_SEED, TEST_SEED = 1_000_000_001, 1_000_000_002, 1_000_000_003
-# Shots of a validation, of whose figures the mean is taken.
-VALIDATION_SHOTS = 1, 4
 
 
-def train(
-    config: Config, learner: Learner, params: Params, splits: Splits, sample_test: Sample
-) -> FitResult:
+def train(config: Config, learner: Learner, params: Params, splits: Splits) -> FitResult:
     """Trains; the parameters that validate best are the result."""
     grad_fn = learner.grad_fn
     assert grad_fn is not None
-    adapts = config.learner != "pretrained"
-    shots = [n for n in VALIDATION_SHOTS if n <= max(config.shots) and adapts] or [0]
     # A short run would else end with an average of what it began with.
     average_rate = max(1 - config.average_decay, min(10 / config.steps, 1.0))
 
@@ -81,26 +90,6 @@ def train(
         del batch, key
         average = optax.incremental_update(params.current, params.average, average_rate)
         return params._replace(average=average)
-
-    def validate(params: Params | Averaged) -> dict[str, float]:
-        assert learner.log_probs is not None
-        params = params.average if isinstance(params, Averaged) else params
-        steps = config.inner_steps if adapts else 0
-        tested = next(iter(learner.candidates(params).values()))
-        figures = [
-            evaluate_nll(
-                learner.log_probs(steps, False, False),
-                tested,
-                sample_test,
-                splits.val,
-                num_shots=num_shots,
-                key=jax.random.key(VALIDATION_SEED),
-                num_tasks=config.num_validation_tasks,
-                **places(config),
-            )
-            for num_shots in shots
-        ]
-        return {"nll": float(np.mean([nll.mean for nll in figures]))}
 
     rate, warmup = config.outer_rate, config.warmup_steps
     schedule = optax.cosine_decay_schedule(rate, config.steps)
@@ -125,7 +114,7 @@ def train(
         num_steps=config.steps,
         run_dir=config.run_dir,
         tasks_per_step=config.num_tasks,
-        validate=None if learner.log_probs is None else validate,
+        validate=None if learner.log_probs is None else validation(config, learner, splits.val),
         validate_every=config.validate_every,
         best_metric=("nll", "min"),
         resume=config.resume,
@@ -133,6 +122,36 @@ def train(
     if config.average_decay:
         result = result._replace(best_params=result.best_params.average)
     return result
+
+
+def validation(
+    config: Config, learner: Learner, data: ClassData
+) -> Callable[[Params], dict[str, float]]:
+    """`validate(params) -> {"nll": the mean over numbers of shots}`, as in training."""
+    adapts = config.learner != "pretrained"
+    shots, steps = (VALIDATION_SHOTS, config.inner_steps) if adapts else ((0,), 0)
+    sample = validation_episodes(config)
+
+    def validate(params: Params | Averaged) -> dict[str, float]:
+        assert learner.log_probs is not None
+        params = params.average if isinstance(params, Averaged) else params
+        tested = next(iter(learner.candidates(params).values()))
+        figures = [
+            evaluate_nll(
+                learner.log_probs(steps, False, False),
+                tested,
+                sample,
+                data,
+                num_shots=num_shots,
+                key=jax.random.key(VALIDATION_SEED),
+                num_tasks=config.num_validation_tasks,
+                **places(config),
+            )
+            for num_shots in shots
+        ]
+        return {"nll": float(np.mean([nll.mean for nll in figures]))}
+
+    return validate
 
 
 def places(config: Config) -> dict[str, Any]:
@@ -180,6 +199,7 @@ def main(config: Config) -> dict[str, Any]:
     """Trains, tests, prints the table, draws the pictures; gives the numbers by name."""
     check(config)
     check_start(config)
+    check_resumed(config)
     other = load_other(config)
     splits = load_splits(config)
     learner = make_learner(config, splits.train.examples.shape[1:])
@@ -197,7 +217,7 @@ def main(config: Config) -> dict[str, Any]:
     name = f"{config.model} by {config.learner}"
     if learner.grad_fn is not None:
         print(f"training {name}")
-        result = train(config, learner, params, splits, sample_test)
+        result = train(config, learner, params, splits)
         params = result.best_params
         numbers |= {
             "best_step": result.best_step,

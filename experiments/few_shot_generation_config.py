@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from experiments import program
 from metagen_jax.data.resampling import Resampling
@@ -60,8 +60,8 @@ class Config:
     value for probability."""
     replacement: Literal["never", "test", "always"] = "never"
     """Whether an episode may hold a drawing twice, a query among the support images too: with 9 of
-    them 37 % of all queries. "test": in those of validation and test, as in the published figures
-    of Generative Matching Networks; "always": in training as well, as in their program."""
+    them 37 % of all queries. "test": in the test and in what is chosen for it, as in the published
+    figures of Generative Matching Networks; "always": in training as well, as in their program."""
     rotations: Literal[1, 4] = 1
     """4: in training a class may be turned by quarters; tests never are."""
 
@@ -116,7 +116,7 @@ class Config:
     validate_every: int = 500
     """Outer steps between validations."""
     num_validation_tasks: int = 100
-    """Episodes of a validation."""
+    """Episodes of a validation in training."""
 
     shots: tuple[int, ...] = (0, 1, 2, 3, 4, 9)
     """Support examples at test, each number for itself."""
@@ -131,7 +131,7 @@ class Config:
     num_test_tasks: int = 1000
     """Episodes of the test."""
     test_queries: int = 1
-    """Queries of such an episode, and of one of validation; intervals are over episodes."""
+    """Queries of such an episode; intervals are over episodes."""
     num_test_classes: int | None = None
     """Classes of the test, the first ones in an order that is always the same; without it all."""
     test_samples: int = 1000
@@ -159,7 +159,26 @@ class Config:
     run_dir: Path = Path("runs/few_shot_generation")
     """Where everything of the run is written."""
     resume: bool = False
-    """Go on from the last checkpoint of the run's folder."""
+    """Go on from the last checkpoint of the run's folder; what is trained is tested again."""
+
+    MAY_CHANGE: ClassVar = (
+        "replacement",
+        "shots",
+        "test_steps",
+        "tuned_rates",
+        "num_choice_tasks",
+        "num_test_tasks",
+        "test_queries",
+        "num_test_classes",
+        "test_samples",
+        "use_tasks",
+        "use_ways",
+        "use_shots",
+        "use_samples",
+        "against",
+    )
+    """Settings of the test alone, with which a trained model may be tested again by `resume`; of
+    `replacement` only "never" and "test" are."""
 
 
 _COUNTS = (

@@ -20,6 +20,8 @@ from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.types import Episode, PRNGKey
 
 PARTS = ("train", "val", "test")
+# Of validation in training. They depend on no setting of the test, as that may be made again.
+VALIDATION_SHOTS, VALIDATION_QUERIES = (1, 4), 4
 
 
 class Splits(NamedTuple):
@@ -45,13 +47,33 @@ def load_splits(config: Config) -> Splits:
             )
             for part in PARTS
         )
+    test = frozen_subset(test, config.num_test_classes)
+    splits = Splits(*(to_class_data(config, images) for images in (train, val, test)))
+    check_sizes(config, splits)
+    return splits
+
+
+def check_sizes(config: Config, splits: Splits) -> None:
+    """Raises a UserError if a class is too small for the episodes of its part."""
+    anew, anew_at_test = config.replacement == "always", config.replacement != "never"
     train_counts = config.train_shots, config.num_queries
-    counts = max(config.shots), config.test_queries
-    splits = Splits(
-        to_class_data(config, train, *train_counts, "training"),
-        to_class_data(config, val, *counts, "validation"),
-        to_class_data(config, frozen_subset(test, config.num_test_classes), *counts, "test"),
-    )
+    test_counts = max(config.shots), config.test_queries
+    of_training, of_test = "by train_shots and num_queries", "by shots and test_queries"
+    for data, of, counts, replacement in (
+        (splits.train, f"training classes, {of_training}", train_counts, anew),
+        (splits.val, "validation classes", (max(VALIDATION_SHOTS), VALIDATION_QUERIES), anew),
+        (splits.val, f"validation classes, {of_test}", test_counts, anew_at_test),
+        (splits.test, f"test classes, {of_test}", test_counts, anew_at_test),
+    ):
+        num_shots, num_queries = counts
+        with _named(f"the {of}"):
+            check_episodes(
+                data,
+                num_ways=1,
+                num_shots=num_shots,
+                num_queries=num_queries,
+                replacement=replacement,
+            )
     if config.use_tasks:
         with _named("the test classes, for use_tasks"):
             check_episodes(
@@ -60,7 +82,6 @@ def load_splits(config: Config) -> Splits:
                 num_shots=config.use_shots,
                 num_queries=USE_QUERIES,
             )
-    return splits
 
 
 def frozen_subset(images: LabelledImages, num_classes: int | None) -> LabelledImages:
@@ -73,23 +94,12 @@ def frozen_subset(images: LabelledImages, num_classes: int | None) -> LabelledIm
     return select_classes(images, [names[i] for i in order[:num_classes]])
 
 
-def to_class_data(
-    config: Config, images: LabelledImages, num_shots: int, num_queries: int, part: str
-) -> ClassData:
+def to_class_data(config: Config, images: LabelledImages) -> ClassData:
     """The images on the device, sorted by class."""
     ink = 255 - images.images
-    data = group_by_class(
+    return group_by_class(
         (ink > 127).astype(np.uint8) if config.values == "stored" else ink, images.labels
     )
-    with _named(f"the {part} classes of {config.dataset}"):
-        check_episodes(
-            data,
-            num_ways=1,
-            num_shots=num_shots,
-            num_queries=num_queries,
-            replacement=_replacement(config, part),
-        )
-    return data
 
 
 @contextlib.contextmanager
@@ -100,10 +110,6 @@ def _named(place: str) -> Iterator[None]:
         raise UserError(f"{place}: {error}") from None
 
 
-def _replacement(config: Config, part: str) -> bool:
-    return config.replacement == "always" or (config.replacement == "test" and part != "training")
-
-
 def training_episodes(config: Config) -> Sample:
     """`sample(key, data) -> Episode` of one class in training."""
     draw = functools.partial(
@@ -112,7 +118,7 @@ def training_episodes(config: Config) -> Sample:
         num_queries=config.num_queries,
         num_rotations=config.rotations,
         values=config.values,
-        replacement=_replacement(config, "training"),
+        replacement=config.replacement == "always",
     )
     if not config.vary_shots:
         return draw
@@ -124,6 +130,17 @@ def training_episodes(config: Config) -> Sample:
     return sample
 
 
+def validation_episodes(config: Config) -> Sample:
+    """`sample(key, data) -> Episode` of a validation in training."""
+    return functools.partial(
+        sample_set_episode,
+        num_shots=max(VALIDATION_SHOTS),
+        num_queries=VALIDATION_QUERIES,
+        values=config.values,
+        replacement=config.replacement == "always",
+    )
+
+
 def test_episodes(config: Config) -> Sample:
     """`sample(key, data) -> Episode` of as many shots as are tested, and the queries of a test."""
     return functools.partial(
@@ -131,7 +148,7 @@ def test_episodes(config: Config) -> Sample:
         num_shots=max(config.shots),
         num_queries=config.test_queries,
         values=config.values,
-        replacement=_replacement(config, "test"),
+        replacement=config.replacement != "never",
     )
 
 

@@ -12,12 +12,11 @@ import rich.console
 import rich.table
 from jaxtyping import Array
 
-from experiments.few_shot_generation_compare import FIGURES, Other
+from experiments.few_shot_generation_compare import Other, save_figures
 from experiments.few_shot_generation_config import TUNED, Config
 from experiments.few_shot_generation_learners import Learner
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.data.set_episodes import first_shots
-from metagen_jax.errors import writing
 from metagen_jax.evaluation import plots
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.evaluation.few_shot import Sample
@@ -87,10 +86,7 @@ def report(
                 "less_than_other_interval": float(less.interval),
             }
     _print_table(config, learner, by_shots, title, other)
-    file = config.run_dir / FIGURES
-    with writing(file):
-        per_task: dict[str, Any] = {str(n): nll.per_task for n, nll in figures.items()}
-        np.savez(file, **per_task)
+    save_figures(config, figures)
     plot_nll_by_shots(
         curves,
         config.run_dir / "nll_by_shots.png",

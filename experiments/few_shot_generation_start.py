@@ -1,4 +1,4 @@
-"""Where training of `experiments.few_shot_generation` begins: anew, or with another of its runs."""
+"""What `experiments.few_shot_generation` begins with: fresh parameters, or those of a run."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -50,6 +50,21 @@ def check_start(config: Config) -> None:
             f"{folder} is of a run by {learned.get('learner')}, whose parameters have those of its "
             f"rule beside them; {_ADVICE} by another learner, such as pretrained",
         ),
+    )
+
+
+def check_resumed(config: Config) -> None:
+    """Raises a UserError if a run to be tested again was trained with other draws than now."""
+    if not (config.resume and (config.run_dir / program.CONFIG).exists()):
+        return
+    advice = "give another --run-dir"
+    before = program.read_settings(config.run_dir, advice=advice).get("replacement", "never")
+    program.require(
+        (
+            (before == "always") == (config.replacement == "always"),
+            f"run_dir {config.run_dir} holds a run trained with --replacement {before}, here it is "
+            f"{config.replacement}; only never and test may change without training anew: {advice}",
+        )
     )
 
 

@@ -98,7 +98,7 @@ def test_every_learner_and_model_has_a_direction_likelihoods_and_samples(learner
 @pytest.mark.slow
 def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
     config = config_of("maml", "pixelcnn")
-    data = few_shot_generation_data.to_class_data(config, pictures(), 4, 1, "test")
+    data = few_shot_generation_data.to_class_data(config, pictures())
     made = make_learner(config, (8, 8, 1))
     params = jax.jit(made.init)(KEY, data.examples[:2])
     tested = made.candidates(params)[config.inner_rate]
@@ -142,6 +142,11 @@ def test_a_run_gives_every_number_and_picture_and_the_same_when_resumed(
         assert values["1"].mean() == pytest.approx(numbers["nll_by_shots"]["1"]["nats"])
     again = few_shot_generation.main(replace(config, resume=True))
     assert again["nll_by_shots"] == numbers["nll_by_shots"]
+    tested = replace(config, resume=True, replacement="test", shots=(0, 2), use_tasks=0)
+    tested_again = few_shot_generation.main(tested)
+    assert set(tested_again["nll_by_shots"]) == {"0", "2"}
+    for name in ("best_step", "validation_nll_nats"):
+        assert tested_again[name] == numbers[name]
 
 
 def test_a_frozen_subset_of_classes_is_the_same_whatever_their_order():

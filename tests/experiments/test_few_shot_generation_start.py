@@ -6,7 +6,7 @@ import pytest
 
 from experiments import few_shot_generation, program
 from experiments.few_shot_generation_presets import PRESETS
-from experiments.few_shot_generation_start import check_start
+from experiments.few_shot_generation_start import check_resumed, check_start
 from metagen_jax.errors import UserError
 
 
@@ -33,3 +33,32 @@ def test_training_begins_with_runs_of_the_same_model_and_images_alone(tmp_path, 
     program.prepare_run_dir(changed)
     with pytest.raises(UserError, match=message):
         few_shot_generation.main(replace(config, init_from=changed.run_dir))
+
+
+@pytest.mark.parametrize(
+    ("trained", "now", "again"),
+    [
+        ({}, {"replacement": "test", "shots": (0, 16), "test_queries": 4, "use_tasks": 9}, True),
+        ({"replacement": "test"}, {"replacement": "never", "num_test_classes": 50}, True),
+        ({"replacement": "always"}, {"replacement": "always", "test_samples": 10}, True),
+        ({}, {"replacement": "always"}, False),
+        ({"replacement": "always"}, {"replacement": "test"}, False),
+    ],
+)
+def test_settings_of_the_test_alone_may_change_of_a_trained_model(tmp_path, trained, now, again):
+    before = replace(PRESETS["smoke"], run_dir=tmp_path / "run", **trained)
+    program.prepare_run_dir(before)
+    config = replace(before, resume=True, **now)
+    program.prepare_run_dir(config)
+    if again:
+        check_resumed(config)
+        return
+    with pytest.raises(UserError, match=r"holds a run trained with --replacement .* here it is"):
+        few_shot_generation.main(config)
+
+
+def test_settings_of_training_may_not_change(tmp_path):
+    before = replace(PRESETS["smoke"], run_dir=tmp_path / "run")
+    program.prepare_run_dir(before)
+    with pytest.raises(UserError, match="holds a run with --inner-steps 3 where this one has"):
+        program.prepare_run_dir(replace(before, resume=True, inner_steps=4))
