@@ -119,7 +119,8 @@ class Config:
     """Episodes of a validation in training."""
 
     shots: tuple[int, ...] = (0, 1, 2, 3, 4, 9)
-    """Support examples at test, each number for itself."""
+    """Support examples at test, each number for itself; these and `test_queries` together no more
+    than the 20 of a class, but with replacement."""
     test_steps: int = 10
     """The most steps at test; how many are taken is chosen on validation classes for each number of
     shots."""

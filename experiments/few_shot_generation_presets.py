@@ -35,7 +35,7 @@ _SETS: dict[str, Any] = {"train_shots": 9, "num_queries": 1, "vary_shots": False
 
 _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "conv_vae": {"num_filters": 16},
-    "pixelcnn": {"inner_rate": 1e-4, "num_tasks": 4, "test_queries": 5, "num_choice_tasks": 50},
+    "pixelcnn": {"inner_rate": 1e-4, "num_tasks": 4, "test_queries": 4, "num_choice_tasks": 50},
     "flow": {"num_filters": 16, "num_tasks": 4, "test_samples": 10, "num_choice_tasks": 50},
     "flow_matching": {"num_tasks": 4, "num_test_tasks": 200, "num_choice_tasks": 20},
     "gan": {"learner": "reptile", "num_filters": 32},
@@ -55,7 +55,7 @@ _BY_MODEL: dict[ModelName, dict[str, Any]] = {
         "outer_rate": 3e-3,
         "warmup_steps": 300,
         "average_decay": 0.999,
-        "test_queries": 5,
+        "test_queries": 4,
     },
 }
 

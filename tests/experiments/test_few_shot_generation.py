@@ -111,8 +111,8 @@ def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
     queries = jnp.concatenate([draw(key) for key in task_keys(KEY, 6)])
     log_prob = adaptive(config, (8, 8, 1)).test_log_prob
     ordinary = evaluate_log_prob(log_prob, params, queries, key=KEY)
-    assert config.test_queries == 5
-    of_queries = -ordinary.per_task.reshape(6, 5)
+    assert config.test_queries == 4
+    of_queries = -ordinary.per_task.reshape(6, 4)
     np.testing.assert_allclose(by_shots.per_task, of_queries.mean(1), rtol=1e-5)
 
 
