@@ -11,12 +11,13 @@
 Trains on classes of their own, keeps the parameters that are best on validation classes, and
 reports `nll_by_shots`: the negative log-likelihood, in nats, of the next image of a test class
 given T of its images, with its 95 % interval over episodes. How many steps are taken on these, and
-at what rate if that is not learned, is chosen for each T on validation classes. Writes to the run's
-folder: `result.json`, `nll_by_shots.png`, `nll_by_shots.npz` (the values of each episode, so that
-two runs may be compared in pairs), `samples.png` (support images, new samples before and after),
-`learning_curve.png`, metrics, checkpoints. `--against RUN_DIR` compares with such another run. With
-`--resume` a trained model is tested again, by other settings of the test (`Config.MAY_CHANGE`) if
-these are given; what the first test has written is then written anew, so copy the folder before.
+at what rate, is chosen for each T on validation classes, where bounds have fewer samples than at
+test. Writes to the run's folder: `result.json`, `nll_by_shots.png`, `nll_by_shots.npz` (the values
+of each episode, so that two runs may be compared in pairs), `samples.png` (support images, new
+samples before and after), `learning_curve.png`, metrics, checkpoints. `--against RUN_DIR` compares
+with such another run. With `--resume` a trained model is tested again, by other settings of the
+test (`Config.MAY_CHANGE`) if these are given; what the first test has written is then written anew,
+so copy the folder before.
 
 `--model gan` is FIGR (Clouatre and Demers 2019), Reptile over a GAN, which has samples alone.
 `--use-tasks 200` asks what samples are good for: the accuracy of a small net trained on few images
@@ -138,7 +139,7 @@ def validation(
         tested = next(iter(learner.candidates(params).values()))
         figures = [
             evaluate_nll(
-                learner.log_probs(steps, False, False),
+                learner.log_probs(steps, "validation"),
                 tested,
                 sample,
                 data,
@@ -169,7 +170,7 @@ def evaluate(
         candidates, rate, steps = learner.candidates(params), None, 0
         if learner.takes_steps and num_shots:
             chosen = choose_adaptation(
-                learner.log_probs(config.test_steps, True, False),
+                learner.log_probs(config.test_steps, "choice"),
                 candidates,
                 sample_test,
                 splits.val,
@@ -181,7 +182,7 @@ def evaluate(
             rate, steps = chosen.candidate, chosen.num_steps
         tested = next(iter(candidates.values())) if rate is None else candidates[rate]
         nll = evaluate_nll(
-            learner.log_probs(steps, False, True),
+            learner.log_probs(steps, "test"),
             tested,
             sample_test,
             splits.test,

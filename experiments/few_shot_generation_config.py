@@ -29,9 +29,6 @@ AMORTISED = ("set_vae", "attention_pixelcnn")
 WITH_RULE = ("reptile", "meta_sgd", "learned_rates")
 """Learners of parameters that are `MetaParams`: the model's, and what its steps begin with."""
 
-TUNED = ("pretrained", "scratch")
-"""Learners whose rate is chosen on validation classes, as well as the steps."""
-
 USE_QUERIES = 10
 """Queries of each class of an episode of `use_tasks`."""
 
@@ -121,14 +118,18 @@ class Config:
     shots: tuple[int, ...] = (0, 1, 2, 3, 4, 9)
     """Support examples at test, each number for itself; these and `test_queries` together no more
     than the 20 of a class, but with replacement."""
-    test_steps: int = 10
+    test_steps: int = 20
     """The most steps at test; how many are taken is chosen on validation classes for each number of
     shots."""
+    rate_factors: tuple[float, ...] = (1.0, 0.3, 3.0)
+    """Factors of the inner loop's rate, or of all learned ones, of which one is chosen likewise;
+    the first is 1, the rate of training."""
     tuned_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-    """Rates for "pretrained" and "scratch", each tried with Adam and with SGD, of which one is
-    chosen likewise."""
+    """Rates for "pretrained" and "scratch" in their place, each tried with Adam and with SGD."""
     num_choice_tasks: int = 200
     """Episodes of validation classes by which steps and rates are chosen."""
+    choice_samples: int = 10
+    """Importance samples of a bound by which they are chosen, or draws of a flow's noise."""
     num_test_tasks: int = 1000
     """Episodes of the test."""
     test_queries: int = 1
@@ -166,8 +167,10 @@ class Config:
         "replacement",
         "shots",
         "test_steps",
+        "rate_factors",
         "tuned_rates",
         "num_choice_tasks",
+        "choice_samples",
         "num_test_tasks",
         "test_queries",
         "num_test_classes",
@@ -196,6 +199,7 @@ _COUNTS = (
     "chunk",
     "validate_every",
     "test_steps",
+    "choice_samples",
     "test_samples",
     "test_queries",
     "train_samples",
@@ -223,6 +227,10 @@ def check(config: Config) -> None:
         (
             min(config.tuned_rates, default=0) > 0,
             f"tuned_rates is {config.tuned_rates}; give one or more rates above 0",
+        ),
+        (
+            config.rate_factors[:1] == (1.0,) and min(config.rate_factors) > 0,
+            f"rate_factors is {config.rate_factors}; give 1 first, and any others above 0",
         ),
         (
             min(config.shots, default=-1) == 0 and sorted(set(config.shots)) == [*config.shots],

@@ -5,7 +5,7 @@ Training, checkpoints, validation and test are the same for all.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from experiments.few_shot_generation_models import (
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.generated_examples import Draw
 from metagen_jax.evaluation.likelihood_by_shots import adapted_log_probs
+from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.generative.set_conditional import set_log_probs, set_loss
 from metagen_jax.gradients import gradients
 from metagen_jax.meta import update_rules
@@ -38,8 +39,15 @@ from metagen_jax.types import GradFn, MetaParams, Metrics, Params, PredictFn, PR
 _ADAM = functools.partial(optax.adam, eps_root=1e-8)
 _NO_RATES = {"adam": 0.0, "sgd": 0.0}
 
-Name = float | str
-"""A rate, or what the steps are if it is not one rate."""
+Purpose = Literal["validation", "choice", "test"]
+"""What likelihoods are for: a choice is among all numbers of steps up to one."""
+
+
+class Scaled(NamedTuple):
+    """A factor of the steps of a rule, and the rule's own parameters."""
+
+    factor: Array
+    own: PyTree
 
 
 class Learner(NamedTuple):
@@ -50,9 +58,8 @@ class Learner(NamedTuple):
       grad_fn: over one task of `sample`; None if nothing is trained.
       sample: `(key, data) -> one task` of training.
       candidates: `params -> {name: params to test}`, of which validation classes choose one; the
-        name is the rate of the steps, or says what they are.
-      log_probs: `(num_steps, every_step, test) -> PredictFn` of params to test; `test`: as well as
-        they can be said. None if they can't.
+        name is the rate of the steps, or says what they are. The first is as in training.
+      log_probs: `(num_steps, purpose) -> PredictFn` of params to test; None if they have none.
       draw: `num_steps -> ((params to test, support, keys) -> grey values)` of a new image for each
         key, all after one adaptation.
       kind: what the likelihoods of the test are.
@@ -62,8 +69,8 @@ class Learner(NamedTuple):
     init: Callable[[PRNGKey, Array], Params]
     grad_fn: GradFn | None
     sample: Sample
-    candidates: Callable[[Params], dict[Name, Params]]
-    log_probs: Callable[[int, bool, bool], PredictFn] | None
+    candidates: Callable[[Params], dict[str, Params]]
+    log_probs: Callable[[int, Purpose], PredictFn] | None
     draw: Callable[[int], Draw]
     kind: str
     takes_steps: bool = True
@@ -99,8 +106,9 @@ def maml(config: Config, model: Adaptive) -> Learner:
         model.init,
         gradients(loss),
         training_episodes(config),
-        lambda params: {config.inner_rate: _at_rate(params, config.inner_rate)},
+        lambda params: {f"{config.inner_rate:g}": _at_rate(params, config.inner_rate)},
         _inner(config),
+        config.rate_factors,
     )
 
 
@@ -132,6 +140,7 @@ def learned_rates(config: Config, model: Adaptive) -> Learner:
         training_episodes(config),
         lambda params: {"learned": params},
         rule,
+        config.rate_factors,
     )
 
 
@@ -153,8 +162,9 @@ def reptile(config: Config, model: Adaptive) -> Learner:
         init,
         grad_fn,
         training_episodes(config),
-        lambda params: {config.inner_rate: params},
+        lambda params: {f"{config.inner_rate:g}": params},
         functools.partial(with_state, optimizer),
+        config.rate_factors,
     )
 
 
@@ -211,17 +221,12 @@ def conventional(config: Config, model: Adaptive) -> Learner:
 
 def amortised(config: Config, model: Amortised) -> Learner:
     """A model that takes the support set in."""
-    predictions = {
-        test: set_log_probs(model.encode, model.test_log_prob if test else model.log_prob)
-        for test in (False, True)
-    }
+    in_validation = set_log_probs(model.encode, model.log_prob)
+    at_test = set_log_probs(model.encode, model.test_log_prob)
 
-    @functools.cache
-    def log_probs(num_steps: int, every_step: bool, test: bool) -> PredictFn:
+    def log_probs(num_steps: int, purpose: Purpose) -> PredictFn:
         del num_steps
-        if not every_step:
-            return predictions[test]
-        return lambda *arguments: predictions[test](*arguments)[None]
+        return at_test if purpose == "test" else in_validation
 
     def draw(num_steps: int) -> Draw:
         del num_steps
@@ -249,31 +254,49 @@ def _by_gradients(
     init: Callable[[PRNGKey, Array], Params],
     grad_fn: GradFn | None,
     sample: Sample,
-    candidates: Callable[[Params], dict[Name, Any]],
+    candidates: Callable[[Params], dict[str, MetaParams]],
     rule: update_rules.Rule,
+    factors: tuple[float, ...] = (1.0,),
 ) -> Learner:
-    """A learner whose params to test are `MetaParams(init, rule)`."""
+    """A learner whose params to test are `MetaParams(init, Scaled)`, of each factor some."""
+    by_purpose: dict[Purpose, LogProb] = {
+        "validation": model.log_prob,
+        "choice": model.choice_log_prob,
+        "test": model.test_log_prob,
+    }
+
+    def scaled_rule(scaled: Scaled) -> optax.GradientTransformation:
+        return optax.chain(rule(scaled.own), optax.scale(scaled.factor))
+
+    def scaled_candidates(params: Params) -> dict[str, MetaParams]:
+        return {
+            name if factor == 1 else f"{factor:g} x {name}": MetaParams(
+                tested.init, Scaled(jnp.float32(factor), tested.rule)
+            )
+            for factor in factors
+            for name, tested in candidates(params).items()
+        }
 
     @functools.cache
-    def log_probs(num_steps: int, every_step: bool, test: bool) -> PredictFn:
+    def log_probs(num_steps: int, purpose: Purpose) -> PredictFn:
         return adapted_log_probs(
             model.loss_fn,
-            model.test_log_prob if test else model.log_prob,
-            rule=rule,
+            by_purpose[purpose],
+            rule=scaled_rule,
             num_steps=num_steps,
-            every_step=every_step,
+            every_step=purpose == "choice",
         )
 
     def draw(num_steps: int) -> Draw:
         def sample(params: MetaParams, support: Array, keys: Array) -> Array:
             adapt_key, keys = _halves(keys)
-            grad_fn, optimizer = gradients(model.loss_fn), rule(params.rule)
+            grad_fn, optimizer = gradients(model.loss_fn), scaled_rule(params.rule)
             adapted = _adapted(grad_fn, params.init, support, adapt_key, optimizer, num_steps)
             return jax.lax.map(functools.partial(model.sample, adapted), keys)
 
         return sample
 
-    return Learner(init, grad_fn, sample, candidates, log_probs, draw, model.kind)
+    return Learner(init, grad_fn, sample, scaled_candidates, log_probs, draw, model.kind)
 
 
 def _adapted(

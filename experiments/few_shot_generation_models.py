@@ -7,6 +7,7 @@ the support set in.
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +43,7 @@ class Adaptive(NamedTuple):
       init: `(key, images) -> params`.
       loss_fn: over batches of images.
       log_prob: of one image, as validation has it.
+      choice_log_prob: the same, better, by which steps are chosen.
       test_log_prob: the same, as well as it can be said.
       kind: what that is.
       sample: `(params, key) -> grey values` of one image.
@@ -50,6 +52,7 @@ class Adaptive(NamedTuple):
     init: Callable[[PRNGKey, Array], Params]
     loss_fn: LossFn
     log_prob: LogProb
+    choice_log_prob: LogProb
     test_log_prob: LogProb
     kind: str
     sample: Callable[[Params, PRNGKey], Array]
@@ -103,7 +106,9 @@ def density_model(config: Config, shape: Shape) -> Model:
 def adaptive(config: Config, shape: Shape) -> Adaptive:
     """A model of `experiments.density` with a loss."""
     model = density_model(config, shape)
-    test_log_prob = model.test_log_prob
+    fewer = replace(config, test_samples=config.choice_samples)
+    choice_log_prob, test_log_prob = density_model(fewer, shape).test_log_prob, model.test_log_prob
+    assert choice_log_prob is not None
     assert test_log_prob is not None
     if config.model == "flow_matching":
         loss_fn, log_prob = _matching_loss(config.num_filters, math.prod(shape)), test_log_prob
@@ -111,7 +116,9 @@ def adaptive(config: Config, shape: Shape) -> Adaptive:
         log_prob = model.log_prob
         assert log_prob is not None
         loss_fn = negative_log_likelihood_loss(log_prob)
-    return Adaptive(model.init, loss_fn, log_prob, test_log_prob, model.kind, model.sample)
+    return Adaptive(
+        model.init, loss_fn, log_prob, choice_log_prob, test_log_prob, model.kind, model.sample
+    )
 
 
 def _matching_loss(num_filters: int, num_elements: int) -> LossFn:

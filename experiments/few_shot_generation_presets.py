@@ -16,8 +16,10 @@ PRESETS = {
         num_validation_tasks=4,
         shots=(0, 1),
         test_steps=2,
+        rate_factors=(1.0, 3.0),
         tuned_rates=(1e-3, 1e-2),
         num_choice_tasks=4,
+        choice_samples=2,
         num_test_tasks=6,
         test_samples=5,
     ),
@@ -140,6 +142,7 @@ def with_model(preset: Config, line: Config) -> Config:
             "test_steps",
             "num_test_tasks",
             "num_choice_tasks",
+            "choice_samples",
             "test_samples",
         )
         chosen = replace(chosen, **{name: getattr(preset, name) for name in names})

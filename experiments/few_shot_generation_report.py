@@ -13,7 +13,7 @@ import rich.table
 from jaxtyping import Array
 
 from experiments.few_shot_generation_compare import Other, save_figures
-from experiments.few_shot_generation_config import TUNED, Config
+from experiments.few_shot_generation_config import Config
 from experiments.few_shot_generation_learners import Learner
 from metagen_jax.data.episodes import ClassData
 from metagen_jax.data.set_episodes import first_shots
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     nll: Estimate | None
     num_steps: int
-    rate: Any
+    rate: str | None
     params: Params
 
 
@@ -139,10 +139,7 @@ def _print_table(
     title: str,
     other: Other | None,
 ) -> None:
-    chosen = ""
-    if learner.takes_steps:
-        tuned = config.learner in TUNED
-        chosen = f"; steps{' and rate' if tuned else ''} chosen on validation classes"
+    chosen = "; steps and rate chosen on validation classes" if learner.takes_steps else ""
     table = rich.table.Table(
         title=f"{title}: nats of the next image of an unseen class",
         caption=f"{learner.kind}; {config.num_test_tasks} episodes, ± 95 % interval" + chosen,
@@ -159,7 +156,7 @@ def _print_table(
             f"{row['nats']:.2f} ± {row['interval']:.2f}",
             f"{row['gain']:.2f} ± {row['gain_interval']:.2f}" if num_shots != "0" else "",
             str(row["steps"]) if learner.takes_steps else "",
-            "" if rate is None else str(rate),
+            rate or "",
             *_than_other(row, other),
         )
     rich.console.Console(width=100).print(table)

@@ -80,16 +80,19 @@ def test_every_learner_and_model_has_a_direction_likelihoods_and_samples(learner
         assert metrics["generator_loss" if model == "gan" else "loss"].shape == ()
     candidates = jax.eval_shape(made.candidates, params)
     [tested, *others] = candidates.values()
-    assert bool(others) == (learner in ("pretrained", "scratch"))
-    steps = 3 if made.takes_steps else 1
+    # Two rates, of each baseline by two optimisers.
+    several = 3 if learner in ("pretrained", "scratch") else 1
+    assert len(others) == (several if made.takes_steps and model != "gan" else 0)
     nothing = jax.ShapeDtypeStruct((0, 8, 8, 1), jnp.int32)
-    for support, shape in ((images, (steps, 3)), (nothing, (1, 3))):
+    for support, steps in ((images, 3), (nothing, 1)):
         if made.log_probs is None:
             continue
-        tried = jax.eval_shape(made.log_probs(2, True, False), tested, support, images, KEY)
-        assert tried.shape == shape
-        final = jax.eval_shape(made.log_probs(2, False, True), tested, support, images, KEY)
-        assert final.shape == (3,)
+        for purpose in ("validation", "test"):
+            found = jax.eval_shape(made.log_probs(2, purpose), tested, support, images, KEY)
+            assert found.shape == (3,)
+        if made.takes_steps:
+            tried = jax.eval_shape(made.log_probs(2, "choice"), tested, support, images, KEY)
+            assert tried.shape == (steps, 3)
     for support in (images, nothing):
         drawn = jax.eval_shape(made.draw(2), tested, support, jax.random.split(KEY, 4))
         assert (drawn.shape, drawn.dtype) == ((4, 8, 8, 1), jnp.float32)
@@ -101,12 +104,10 @@ def test_without_shots_the_figure_is_that_of_the_ordinary_likelihood_code():
     data = few_shot_generation_data.to_class_data(config, pictures())
     made = make_learner(config, (8, 8, 1))
     params = jax.jit(made.init)(KEY, data.examples[:2])
-    tested = made.candidates(params)[config.inner_rate]
+    tested = made.candidates(params)["0.0001"]
     sample = few_shot_generation_data.test_episodes(config)
     options = {"key": KEY, "num_tasks": 6}
-    by_shots = evaluate_nll(
-        made.log_probs(5, False, True), tested, sample, data, num_shots=0, **options
-    )
+    by_shots = evaluate_nll(made.log_probs(5, "test"), tested, sample, data, num_shots=0, **options)
     draw = jax.jit(lambda key: sample(jax.random.split(key)[0], data).query)
     queries = jnp.concatenate([draw(key) for key in task_keys(KEY, 6)])
     log_prob = adaptive(config, (8, 8, 1)).test_log_prob
@@ -193,6 +194,8 @@ def test_presets_are_settings_that_make_sense(preset):
         ({"model": "set_vae"}, "learner is maml and model set_vae; set_vae and attention_pixelcnn"),
         ({"learner": "amortised"}, "learner is amortised and model vae"),
         ({"learner": "reptile"}, "outer_optimizer is adam; reptile needs sgd"),
+        ({"rate_factors": (0.3, 1.0)}, r"rate_factors is \(0\.3, 1\.0\); give 1 first"),
+        ({"rate_factors": (1.0, 0.0)}, r"rate_factors is \(1\.0, 0\.0\); .* any others above 0"),
         ({"split": "random1000"}, "split is random1000 and dataset glyphs"),
         ({"tuned_rates": ()}, r"tuned_rates is \(\); give one or more"),
         ({"model": "flow", "image_size": 26}, "image_size is 26; a flow halves it twice"),

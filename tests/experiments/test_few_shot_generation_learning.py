@@ -73,18 +73,19 @@ def test_learned_rates_begin_as_the_inner_rate_and_both_fine_tunings_are_their_o
         ("maml", {}),
         ("maml", {"inner_optimizer": "adam"}),
     ):
-        made = make_learner(config_of(learner, "vae", inner_rate=rate, **options), SHAPE)
+        settings = {"inner_rate": rate, "rate_factors": (1.0,), **options}
+        made = make_learner(config_of(learner, "vae", **settings), SHAPE)
         start = jax.jit(made.init)(KEY, images(3))
         if learner in ("meta_sgd", "learned_rates"):
             chex.assert_trees_all_equal(start.rule, jax.tree.map(jnp.ones_like, start.rule))
-        log_probs = jax.jit(made.log_probs(3, True, False))
+        log_probs = jax.jit(made.log_probs(3, "choice"))
         for name, tested in made.candidates(start).items():
             # The same start for all, moved from where a VAE's gradients are zero.
             params = jax.tree.map(lambda x: x + 0.1, tested.init) if params is None else params
             found = log_probs(tested._replace(init=params), images(2), images(2, seed=1), KEY)
             by_name[learner, name, *options.values()] = found
     assert len(by_name) == 8
-    sgd, adam = by_name["maml", rate], by_name["maml", rate, "adam"]
+    sgd, adam = by_name["maml", "0.03"], by_name["maml", "0.03", "adam"]
     assert np.abs(sgd[1:] - sgd[:-1]).min() > 1e-3
     assert np.abs(sgd[1:] - adam[1:]).min() > 1e-3
     tuned = {name: found for (learner, name, *_), found in by_name.items() if learner != "maml"}
@@ -92,6 +93,24 @@ def test_learned_rates_begin_as_the_inner_rate_and_both_fine_tunings_are_their_o
         np.testing.assert_allclose(tuned[name], sgd, rtol=1e-5)
     np.testing.assert_allclose(by_name["meta_sgd", "learned"], sgd, rtol=1e-5)
     np.testing.assert_allclose(tuned["adam 0.03"], adam, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", ["maml", "meta_sgd", "reptile"])
+def test_a_factor_of_the_rate_scales_every_step(learner):
+    config = config_of(learner, "pixelcnn", inner_rate=0.02, rate_factors=(1.0, 3.0))
+    made = make_learner(config, SHAPE)
+    start = jax.jit(made.init)(KEY, images(3))
+    one, three = made.candidates(start).values()
+    thrice = make_learner(replace(config, inner_rate=0.06, rate_factors=(1.0,)), SHAPE)
+    [same] = thrice.candidates(start).values()
+
+    def by_step(learner, tested):
+        return jax.jit(learner.log_probs(3, "choice"))(tested, images(2), images(2, seed=1), KEY)
+
+    found = by_step(made, three)
+    np.testing.assert_allclose(found, by_step(thrice, same), rtol=1e-5)
+    assert np.abs(found[1:] - by_step(made, one)[1:]).min() > 1e-3
 
 
 @pytest.mark.slow
