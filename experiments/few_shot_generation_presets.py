@@ -35,11 +35,28 @@ PRESETS = {
 # Every training image of an episode, support or query, is one of its predictions.
 _SETS: dict[str, Any] = {"train_shots": 9, "num_queries": 1, "vary_shots": False}
 
+# Choice and test of a baseline last up to 25 minutes on 2 cores, by the passes that they take.
 _BY_MODEL: dict[ModelName, dict[str, Any]] = {
-    "conv_vae": {"num_filters": 16},
-    "pixelcnn": {"inner_rate": 1e-4, "num_tasks": 4, "test_queries": 4, "num_choice_tasks": 50},
-    "flow": {"num_filters": 16, "num_tasks": 4, "test_samples": 10, "num_choice_tasks": 50},
-    "flow_matching": {"num_tasks": 4, "num_test_tasks": 200, "num_choice_tasks": 20},
+    "conv_vae": {"num_filters": 16, "num_choice_tasks": 50},
+    "pixelcnn": {"inner_rate": 1e-4, "num_tasks": 4, "test_queries": 4, "num_choice_tasks": 30},
+    "flow": {
+        "num_filters": 16,
+        "num_tasks": 4,
+        "num_choice_tasks": 20,
+        "choice_samples": 4,
+        "num_test_tasks": 300,
+        "test_samples": 10,
+    },
+    # A likelihood takes 40 passes and their derivatives. So the choice is of 1200 of them, among 4
+    # rates of a baseline and 5 steps, and the test of 1200: about 10 minutes in all.
+    "flow_matching": {
+        "num_tasks": 4,
+        "num_validation_tasks": 10,
+        "test_steps": 5,
+        "tuned_rates": (1e-4, 1e-3),
+        "num_choice_tasks": 10,
+        "num_test_tasks": 200,
+    },
     "gan": {"learner": "reptile", "num_filters": 32},
     "set_vae": {
         "learner": "amortised",
@@ -120,8 +137,13 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
         "outer_rate": 1.0,
         "num_tasks": 4,
     },
-    "pretrained": {"test_steps": 50},
-    "scratch": {"test_steps": 50},
+}
+
+_BY_BOTH: dict[tuple[LearnerName, ModelName], dict[str, Any]] = {
+    ("pretrained", "vae"): {"test_steps": 50},
+    ("scratch", "vae"): {"test_steps": 50},
+    ("pretrained", "conv_vae"): {"test_steps": 50},
+    ("scratch", "conv_vae"): {"test_steps": 50},
 }
 
 
@@ -131,6 +153,7 @@ def with_model(preset: Config, line: Config) -> Config:
     if line.model not in AMORTISED:
         learner = settings.get("learner", line.learner)
         settings |= {**_BY_LEARNER.get(learner, {}), "learner": learner}
+        settings |= _BY_BOTH.get((learner, line.model), {})
     chosen = replace(preset, **settings)
     steps = _STEPS.get(chosen.model, {}).get(chosen.learner)
     if preset.dataset == "omniglot" and steps is not None:
@@ -139,7 +162,9 @@ def with_model(preset: Config, line: Config) -> Config:
         names = (
             "num_tasks",
             "warmup_steps",
+            "num_validation_tasks",
             "test_steps",
+            "tuned_rates",
             "num_test_tasks",
             "num_choice_tasks",
             "choice_samples",

@@ -178,6 +178,18 @@ def test_models_and_learners_bring_their_settings_and_flags_win():
     assert parse(*omniglot, "--steps", "70").steps == 70
     assert parse("--preset", "omniglot-alphabets").image_size == 26
     assert parse("--preset", "smoke", "--model", "flow_matching").num_test_tasks == 6
+    for model, most in (("vae", 50), ("pixelcnn", 20), ("flow_matching", 5)):
+        assert parse("--model", model, "--learner", "pretrained").test_steps == most
+        assert parse("--model", model).test_steps == min(most, 20)
+
+
+@pytest.mark.parametrize("learner", ["maml", "pretrained"])
+def test_flow_matching_is_chosen_and_tested_in_so_many_likelihoods(learner):
+    config = with_model(PRESETS["omniglot-lake"], Config(learner=learner, model="flow_matching"))
+    made = make_learner(config, (28, 28, 1))
+    tried = len(made.candidates(0.0)) * (config.test_steps + 1) * config.num_choice_tasks
+    assert tried * (len(config.shots) - 1) <= 1200
+    assert config.num_test_tasks * config.test_queries * len(config.shots) == 1200
 
 
 @pytest.mark.parametrize("preset", PRESETS)
