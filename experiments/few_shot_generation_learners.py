@@ -26,6 +26,7 @@ from experiments.few_shot_generation_models import (
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.generated_examples import Draw
 from metagen_jax.evaluation.likelihood_by_shots import adapted_log_probs
+from metagen_jax.generative.gan import gan_optimizer
 from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.generative.set_conditional import set_log_probs, set_loss
 from metagen_jax.gradients import gradients
@@ -170,8 +171,8 @@ def reptile(config: Config, model: Adaptive) -> Learner:
 
 def figr(config: Config, model: Model) -> Learner:
     """Reptile over a GAN: it draws, and says of no image how probable it is."""
-    optimizer = model.optimizer
-    assert optimizer is not None
+    adam = optax.adam(config.inner_rate, b1=0.5)
+    optimizer = gan_optimizer(adam, adam)
 
     def of_pixels(params: Params, images: Array, key: Array) -> tuple[Params, Metrics]:
         return model.grad_fn(params, 255 * images, key)

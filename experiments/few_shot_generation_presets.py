@@ -140,6 +140,7 @@ _BY_LEARNER: dict[LearnerName, dict[str, Any]] = {
 }
 
 _BY_BOTH: dict[tuple[LearnerName, ModelName], dict[str, Any]] = {
+    ("reptile", "gan"): {"inner_rate": 2e-4, "test_steps": 10},
     ("pretrained", "vae"): {"test_steps": 50},
     ("scratch", "vae"): {"test_steps": 50},
     ("pretrained", "conv_vae"): {"test_steps": 50},

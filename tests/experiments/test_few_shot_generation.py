@@ -172,6 +172,7 @@ def test_models_and_learners_bring_their_settings_and_flags_win():
     reptile = parse("--learner", "reptile", "--inner-steps", "7")
     assert (reptile.outer_optimizer, reptile.inner_steps) == ("sgd", 7)
     assert reptile.run_dir.name == "few_shot_generation-glyphs-reptile-vae"
+    assert parse("--model", "gan").inner_rate == 2e-4
     omniglot = "--preset", "omniglot-lake", "--model", "pixelcnn"
     steps = [parse(*omniglot, "--learner", name).steps for name in ("maml", "pretrained")]
     assert steps == [3500, 21_000]  # Of about the same minutes.

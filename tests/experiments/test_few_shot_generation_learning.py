@@ -173,6 +173,20 @@ def test_a_gan_sees_pixels_as_it_makes_them():
 
 
 @pytest.mark.slow
+def test_figr_takes_the_inner_rate_for_both_players():
+    rate = 0.01
+    config = config_of("reptile", "gan", image_size=8, inner_rate=rate, inner_steps=1)
+    made = make_learner(config, (8, 8, 1))
+    params = jax.jit(made.init)(KEY, jnp.zeros((1, 8, 8, 1), jnp.int32))
+    batch = jax.random.bernoulli(KEY, 0.5, (3, 8, 8, 1)).astype(jnp.int32)
+    direction, _ = jax.jit(made.grad_fn)(params, Episode(batch, batch), KEY)
+    # Adam's first step is of the rate wherever there is a gradient.
+    for player in (direction.generator, direction.discriminator):
+        largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(player))
+        assert largest == pytest.approx(rate, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_flow_matching_adapts_by_the_error_of_all_elements():
     model = adaptive(config_of("maml", "flow_matching", image_size=8), (8, 8, 1))
     batch = jnp.ones((64, 8, 8, 1), jnp.int32)
