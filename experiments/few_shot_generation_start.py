@@ -72,7 +72,8 @@ def first_params(config: Config, learner: Learner, data: ClassData) -> Params:
     """Parameters before training: scaled by the first draws of some images, or of another run."""
     images = data.examples[:: max(1, len(data.examples) // NUM_INIT)][:NUM_INIT]
     init_key, _ = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(learner.init)(init_key, (images > 0).astype(np.int32))
+    paper = 127 if config.values == "bernoulli" else 0
+    params = jax.jit(learner.init)(init_key, (images > paper).astype(np.int32))
     if config.init_from is None:
         return params
     if isinstance(params, MetaParams):  # The model's own; the rule begins as ever.

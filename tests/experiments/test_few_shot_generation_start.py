@@ -2,11 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from experiments import few_shot_generation, program
+from experiments.few_shot_generation_data import to_class_data
+from experiments.few_shot_generation_learners import make_learner
 from experiments.few_shot_generation_presets import PRESETS
-from experiments.few_shot_generation_start import check_resumed, check_start
+from experiments.few_shot_generation_start import check_resumed, check_start, first_params
+from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
 
 
@@ -33,6 +37,16 @@ def test_training_begins_with_runs_of_the_same_model_and_images_alone(tmp_path, 
     program.prepare_run_dir(changed)
     with pytest.raises(UserError, match=message):
         few_shot_generation.main(replace(config, init_from=changed.run_dir))
+
+
+@pytest.mark.parametrize("values", ["stored", "bernoulli"])
+def test_first_scales_are_those_of_images_whose_ink_is_more_than_half_grey(values):
+    grey = np.array([0, 60, 127, 128, 255], np.uint8)[None, None, :, None]
+    images = LabelledImages(255 - grey, np.zeros(1, np.int32), ("a",))
+    config = replace(PRESETS["smoke"], values=values)
+    seen = make_learner(config, (28, 28, 1))._replace(init=lambda key, images: images)
+    found = first_params(config, seen, to_class_data(config, images))
+    np.testing.assert_array_equal(found[0, 0, :, 0], [0, 0, 0, 1, 1])
 
 
 @pytest.mark.parametrize(
