@@ -1,5 +1,7 @@
 """The episodes of few-shot generation, and on which side of a split each drawing is."""
 
+import hashlib
+import itertools
 from dataclasses import replace
 
 import jax
@@ -11,7 +13,8 @@ from experiments import few_shot_generation_data
 from experiments.few_shot_generation_config import Config
 from experiments.few_shot_generation_data import check_sizes, to_class_data
 from experiments.few_shot_generation_presets import PRESETS, with_model
-from metagen_jax.data.classes import LabelledImages
+from metagen_jax.data.classes import LabelledImages, frozen_classes
+from metagen_jax.data.sources import load_images
 from metagen_jax.errors import UserError
 
 KEY = jax.random.key(0)
@@ -56,6 +59,23 @@ def test_sixteen_shots_and_the_queries_of_a_preset_are_a_class_of_twenty(model):
     both = np.concatenate(episode)
     assert len(np.unique(both)) == 16 + config.test_queries
     assert len(np.unique(both // 20)) == 1
+
+
+@pytest.mark.slow
+def test_no_drawing_of_omniglot_is_on_two_sides_of_a_split(data_dir, tmp_path):
+    """Drawings as they are stored, so that no two become one when they are made smaller."""
+    images = load_images("omniglot", "train+test", data_dir=data_dir, cache_dir=tmp_path)
+    digests = np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images.images])
+    names = np.array(images.class_names)[images.labels]
+    for preset in ("omniglot-lake", "omniglot-characters", "omniglot-alphabets"):
+        scheme = PRESETS[preset].split
+        parts = []
+        for part in few_shot_generation_data.PARTS:
+            of_part = np.isin(names, frozen_classes("omniglot", f"{scheme}/{part}"))
+            assert of_part.sum() == 20 * len(frozen_classes("omniglot", f"{scheme}/{part}"))
+            parts.append(set(digests[of_part]))
+        for first, second in itertools.combinations(parts, 2):
+            assert not first & second
 
 
 def test_whatever_is_drawn_anew_needs_no_size():
