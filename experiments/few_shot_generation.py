@@ -7,6 +7,10 @@
         --model attention_pixelcnn
     python -m experiments.few_shot_generation --preset omniglot-lake --data-dir DIR \
         --learner pretrained --model vae                            # the baseline of MAML's VAE
+    python -m experiments.few_shot_generation --preset omniglot-lake --data-dir DIR \
+        --learner pretrained --model vae --steps 195000 --shots 0 --run-dir runs/start
+    python -m experiments.few_shot_generation --preset omniglot-lake --data-dir DIR \
+        --model vae --init-from runs/start                  # MAML, in the minutes of that baseline
 
 Trains on classes of their own, keeps the parameters that are best on validation classes, and
 reports `nll_by_shots`: the negative log-likelihood, in nats, of the next image of a test class

@@ -107,7 +107,7 @@ class Config:
     none."""
     init_from: Path | None = None
     """Folder of a run of the same model and images whose best parameters training begins with, such
-    as of `--learner pretrained`; its minutes count as well."""
+    as of `--learner pretrained`. Its minutes count as well: presets then take half their steps."""
     chunk: int = 1
     """Tasks that a device works on at once; 1 is fastest on a CPU."""
     validate_every: int = 500

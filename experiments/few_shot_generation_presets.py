@@ -80,7 +80,8 @@ _BY_MODEL: dict[ModelName, dict[str, Any]] = {
 
 # Outer steps of the Omniglot presets that 2 cores take in about 40 minutes, 90 for the attention
 # PixelCNN: measured for MAML of the VAE and of the PixelCNN, for the others in proportion to the
-# products and the numbers that a step computes; the set VAE takes 22.
+# products and the numbers that a step computes; the set VAE takes 22. With --init-from half of
+# them, as those of that run take the other half of the minutes.
 _STEPS: dict[ModelName, dict[LearnerName, int]] = {
     "vae": {
         "maml": 80_000,
@@ -158,6 +159,7 @@ def with_model(preset: Config, line: Config) -> Config:
     chosen = replace(preset, **settings)
     steps = _STEPS.get(chosen.model, {}).get(chosen.learner)
     if preset.dataset == "omniglot" and steps is not None:
+        steps = steps if line.init_from is None else steps // 2
         chosen = replace(chosen, steps=steps, validate_every=steps // 20)
     if preset.steps < 10:  # Small ones stay so.
         names = (
@@ -175,4 +177,5 @@ def with_model(preset: Config, line: Config) -> Config:
     run_dir = preset.run_dir
     kind = chosen.model if chosen.model in AMORTISED else f"{chosen.learner}-{chosen.model}"
     kind += "-features" if line.encoder_from is not None else ""
+    kind += "-started" if line.init_from is not None else ""
     return replace(chosen, run_dir=run_dir.with_name(f"{run_dir.name}-{kind}"))

@@ -184,7 +184,12 @@ def test_models_and_learners_bring_their_settings_and_flags_win():
     omniglot = "--preset", "omniglot-lake", "--model", "pixelcnn"
     steps = [parse(*omniglot, "--learner", name).steps for name in ("maml", "pretrained")]
     assert steps == [3500, 21_000]  # Of about the same minutes.
-    assert parse(*omniglot, "--steps", "70").steps == 70
+    started = parse(*omniglot, "--init-from", "runs/start")
+    assert (started.steps, started.run_dir.name) == (
+        1750,
+        "few_shot_generation-omniglot-lake-maml-pixelcnn-started",
+    )
+    assert parse(*omniglot, "--steps", "70", "--init-from", "runs/start").steps == 70
     assert parse("--preset", "omniglot-alphabets").image_size == 26
     assert parse("--preset", "smoke", "--model", "flow_matching").num_test_tasks == 6
     for model, most in (("vae", 50), ("pixelcnn", 20), ("flow_matching", 5)):
