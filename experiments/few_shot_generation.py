@@ -32,7 +32,8 @@ bit by bit. There, support and query are drawn with replacement, so that with 9 
 queries are among the support images (5 % with 1, 19 % with 4); here they never are, unless by
 `--replacement test` or `always`.
 `omniglot-characters` has the split sizes of SCHA-VAE, pixels drawn from the grey values of a
-filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018.
+filter; `omniglot-alphabets` 26 pixels, 45 and 5 alphabets, as Reed et al. 2018. Of the first and
+the last, `--sets-of alphabets` takes an episode's images from an alphabet and not from a character.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
@@ -209,7 +210,7 @@ def main(config: Config) -> dict[str, Any]:
     splits = load_splits(config)
     learner = make_learner(config, splits.train.examples.shape[1:])
     counts = " / ".join(str(len(part.sizes)) for part in splits)
-    print(f"{config.dataset}: {counts} classes for training / validation / test")
+    print(f"{config.dataset}: {counts} {config.sets_of} for training / validation / test")
     params = first_params(config, learner, splits.train)
     sample_test = test_episodes(config)
     numbers: dict[str, Any] = {
@@ -233,7 +234,8 @@ def main(config: Config) -> dict[str, Any]:
         }
     data = "glyphs" if config.dataset == "glyphs" else f"Omniglot, {config.split}"
     drawn = {"never": "", "test": ", tested with replacement", "always": ", with replacement"}
-    title = f"{name}, {data}{drawn[config.replacement]}"
+    sets = ", sets of an alphabet" if config.sets_of == "alphabets" else ""
+    title = f"{name}, {data}{sets}{drawn[config.replacement]}"
     if learner.log_probs is not None:
         print(f"testing: {learner.kind}")
         rows = evaluate(config, learner, params, splits, sample_test)

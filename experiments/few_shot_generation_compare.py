@@ -20,6 +20,7 @@ _EPISODES = "episodes"
 _OF_EPISODES = (
     "dataset",
     "split",
+    "sets_of",
     "image_size",
     "resampling",
     "values",

@@ -46,6 +46,9 @@ class Config:
     """"glyphs" is embedded, "omniglot" is TFDS's."""
     split: Literal["lake", "random1000", "alphabets45"] = "lake"
     """Class lists of Omniglot."""
+    sets_of: Literal["characters", "alphabets"] = "characters"
+    """What the images of an episode are of: one character, or any characters of one alphabet of
+    Omniglot. Whatever counts classes counts these."""
     data_dir: Path | None = None
     """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
     image_size: int = 28
@@ -304,6 +307,12 @@ def check(config: Config) -> None:
             config.dataset == "omniglot" or config.split == "lake",
             f"split is {config.split} and dataset {config.dataset}; only omniglot has several "
             "class lists: leave --split out",
+        ),
+        (
+            config.sets_of == "characters"
+            or (config.dataset == "omniglot" and config.split != "random1000"),
+            f"sets_of is {config.sets_of}, dataset {config.dataset} and split {config.split}; only "
+            "the splits lake and alphabets45 of omniglot have alphabets that are whole",
         ),
         (
             config.model != "flow" or config.image_size % 4 == 0,

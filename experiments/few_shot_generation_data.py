@@ -47,6 +47,8 @@ def load_splits(config: Config) -> Splits:
             )
             for part in PARTS
         )
+    if config.sets_of == "alphabets":
+        train, val, test = map(by_alphabet, (train, val, test))
     test = frozen_subset(test, config.num_test_classes)
     splits = Splits(*(to_class_data(config, images) for images in (train, val, test)))
     check_sizes(config, splits)
@@ -84,6 +86,14 @@ def check_sizes(config: Config, splits: Splits) -> None:
             )
 
 
+def by_alphabet(images: LabelledImages) -> LabelledImages:
+    """Omniglot with a class for each alphabet, of whose characters all have its name."""
+    of_characters = [name.rpartition("_")[0] for name in images.class_names]
+    names, alphabets = np.unique(of_characters, return_inverse=True)
+    labels = alphabets.astype(np.int32)[images.labels]
+    return LabelledImages(images.images, labels, tuple(map(str, names)))
+
+
 def frozen_subset(images: LabelledImages, num_classes: int | None) -> LabelledImages:
     """The first classes in an order that depends on their sorted names alone."""
     if num_classes is None:
@@ -111,7 +121,7 @@ def _named(place: str) -> Iterator[None]:
 
 
 def training_episodes(config: Config) -> Sample:
-    """`sample(key, data) -> Episode` of one class in training."""
+    """`sample(key, data) -> Episode` of one class, a character or an alphabet, in training."""
     draw = functools.partial(
         sample_set_episode,
         num_shots=config.train_shots,

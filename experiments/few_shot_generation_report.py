@@ -100,7 +100,7 @@ def as_published(config: Config) -> bool:
     """Whether pixels, classes and draws are those of the published figures."""
     lake = config.dataset == "omniglot" and config.split == "lake"
     pixels = config.image_size, config.resampling, config.values
-    whole = config.num_test_classes is None
+    whole = config.num_test_classes is None and config.sets_of == "characters"
     return lake and whole and pixels == (28, "corner", "stored") and config.replacement != "never"
 
 

@@ -223,6 +223,11 @@ def test_presets_are_settings_that_make_sense(preset):
         ({"rate_factors": (0.3, 1.0)}, r"rate_factors is \(0\.3, 1\.0\); give 1 first"),
         ({"rate_factors": (1.0, 0.0)}, r"rate_factors is \(1\.0, 0\.0\); .* any others above 0"),
         ({"split": "random1000"}, "split is random1000 and dataset glyphs"),
+        ({"sets_of": "alphabets"}, "sets_of is alphabets, dataset glyphs and split lake; only"),
+        (
+            {"sets_of": "alphabets", "dataset": "omniglot", "split": "random1000"},
+            "split random1000; only the splits lake and alphabets45",
+        ),
         ({"tuned_rates": ()}, r"tuned_rates is \(\); give one or more"),
         ({"model": "flow", "image_size": 26}, "image_size is 26; a flow halves it twice"),
         ({"model": "gan"}, "learner is maml and model gan; give --learner reptile"),

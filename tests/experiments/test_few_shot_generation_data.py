@@ -14,6 +14,7 @@ from experiments.few_shot_generation_config import Config
 from experiments.few_shot_generation_data import check_sizes, to_class_data
 from experiments.few_shot_generation_presets import PRESETS, with_model
 from metagen_jax.data.classes import LabelledImages, frozen_classes
+from metagen_jax.data.episodes import group_by_class
 from metagen_jax.data.sources import load_images
 from metagen_jax.errors import UserError
 
@@ -59,6 +60,29 @@ def test_sixteen_shots_and_the_queries_of_a_preset_are_a_class_of_twenty(model):
     both = np.concatenate(episode)
     assert len(np.unique(both)) == 16 + config.test_queries
     assert len(np.unique(both // 20)) == 1
+
+
+def test_sets_of_an_alphabet_are_of_any_of_its_characters(monkeypatch):
+    """Each example is its own number: 20 of each of 2 characters of 3 alphabets."""
+    names = tuple(f"{alphabet}_{i}" for alphabet in ("N_Ko", "Tifinagh", "Avesta") for i in (0, 1))
+    numbers = np.arange(120, dtype=np.uint8)[:, None, None, None]
+    images = LabelledImages(numbers, np.repeat(np.arange(6, dtype=np.int32), 20), names)
+    monkeypatch.setattr(few_shot_generation_data, "load_images", lambda *_, **__: images)
+    lake = replace(PRESETS["omniglot-lake"], sets_of="alphabets", num_test_classes=2)
+    data = few_shot_generation_data.load_splits(lake)
+    assert [part.sizes.tolist() for part in data] == [[40] * 3, [40] * 3, [40] * 2]
+    # Grouped as these are, alphabets stand in the order of their names.
+    alphabets = few_shot_generation_data.by_alphabet(images)
+    assert alphabets.class_names == ("Avesta", "N_Ko", "Tifinagh")
+    numbered = group_by_class(np.arange(120)[:, None], alphabets.labels)
+    sample = jax.jit(few_shot_generation_data.test_episodes(lake))
+    characters = set()
+    for key in jax.random.split(KEY, 5):
+        drawn = np.concatenate(sample(key, numbered))
+        assert len(np.unique(drawn // 40)) == 1
+        assert len(np.unique(drawn)) == len(drawn)
+        characters.add(len(np.unique(drawn // 20)))
+    assert 2 in characters
 
 
 @pytest.mark.slow

@@ -212,6 +212,7 @@ def test_only_runs_of_the_same_episodes_are_compared(tmp_path):
         ({"shots": (0, 1, 4)}, "most shots 1 for 4"),
         ({"replacement": "always"}, "replacement at test False for True"),
         ({"test_queries": 2}, "test_queries 1 for 2"),
+        ({"sets_of": "alphabets"}, "sets_of characters for alphabets"),
     ):
         with pytest.raises(UserError, match=f"other episodes than this one.*{named}"):
             load_other(replace(config, **settings))
@@ -236,6 +237,7 @@ def test_only_runs_of_the_same_episodes_are_compared(tmp_path):
         ("omniglot-lake", {}, False),
         ("omniglot-lake", {"replacement": "test", "num_test_classes": 100}, False),
         ("omniglot-lake", {"replacement": "test", "values": "bernoulli"}, False),
+        ("omniglot-lake", {"replacement": "test", "sets_of": "alphabets"}, False),
         ("omniglot-characters", {"replacement": "test"}, False),
         ("glyphs", {"replacement": "test"}, False),
     ],
