@@ -14,6 +14,7 @@ LearnerName = Literal[
     "reptile",
     "meta_sgd",
     "learned_rates",
+    "meta_curvature",
     "pretrained",
     "scratch",
     "amortised",
@@ -26,7 +27,10 @@ ModelName = Literal[
 AMORTISED = ("set_vae", "attention_pixelcnn")
 """Models that take the support set for a condition, and need no steps on it."""
 
-WITH_RULE = ("reptile", "meta_sgd", "learned_rates")
+LEARNED_RULES = ("meta_sgd", "learned_rates", "meta_curvature")
+"""Learners of the steps themselves."""
+
+WITH_RULE = ("reptile", *LEARNED_RULES)
 """Learners of parameters that are `MetaParams`: the model's, and what its steps begin with."""
 
 USE_QUERIES = 10
@@ -38,8 +42,9 @@ class Config:
     learner: LearnerName = "maml"
     """How the model learns from a support set. "pretrained" is fine-tuning of a model of all
     training classes, "scratch" of none, for which settings of training have no meaning; "meta_sgd"
-    learns a rate for each parameter, "learned_rates" one for each array of them and each step;
-    "amortised" is that of the models that take the set in."""
+    learns a rate for each parameter, "learned_rates" one for each array of them and each step,
+    "meta_curvature" matrices that multiply its gradient; "amortised" is that of the models that
+    take the set in."""
     model: ModelName = "vae"
     """What is learned; it brings settings of its own, over which the flags win."""
     dataset: Literal["glyphs", "omniglot"] = "glyphs"

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from experiments.density_model import Model, Shape
-from experiments.few_shot_generation_config import Config
+from experiments.few_shot_generation_config import LEARNED_RULES, Config
 from experiments.few_shot_generation_data import conventional_batches, training_episodes
 from experiments.few_shot_generation_models import (
     Adaptive,
@@ -87,8 +87,8 @@ def make_learner(config: Config, shape: Shape) -> Learner:
     model = adaptive(config, shape)
     if config.learner == "reptile":
         return reptile(config, model)
-    if config.learner in ("meta_sgd", "learned_rates"):
-        return learned_rates(config, model)
+    if config.learner in LEARNED_RULES:
+        return learned_rule(config, model)
     if config.learner in ("pretrained", "scratch"):
         return conventional(config, model)
     return maml(config, model)
@@ -113,25 +113,35 @@ def maml(config: Config, model: Adaptive) -> Learner:
     )
 
 
-def learned_rates(config: Config, model: Adaptive) -> Learner:
-    """MAML with a learned rate for each parameter (Meta-SGD), or for each leaf and step.
+def learned_rule(config: Config, model: Adaptive) -> Learner:
+    """MAML with steps that are learned.
 
-    What is learned are factors of `inner_rate`, which begin at 1: the outer optimiser, whose steps
-    are about its rate, 1e-3, would throw rates of 1e-4 themselves about.
+    By a rate for each parameter (Meta-SGD), one for each leaf and step, or matrices for each leaf
+    (Meta-Curvature). All are factors of `inner_rate`, which begin at 1: the outer optimiser, whose
+    steps are about its rate, 1e-3, would throw rates of 1e-4 themselves about.
     """
-    of_rates, init_factors = update_rules.meta_sgd, update_rules.init_meta_sgd
-    if config.learner == "learned_rates":
-        of_rates = update_rules.per_layer_per_step
-        init_factors = functools.partial(
-            update_rules.init_per_layer_per_step, num_steps=config.inner_steps
-        )
+    one, num_steps = 1.0, config.inner_steps
+    init_factors, of_factors = {
+        "meta_sgd": (
+            functools.partial(update_rules.init_meta_sgd, rate=one),
+            update_rules.meta_sgd,
+        ),
+        "learned_rates": (
+            functools.partial(update_rules.init_per_layer_per_step, num_steps=num_steps, rate=one),
+            update_rules.per_layer_per_step,
+        ),
+        "meta_curvature": (
+            update_rules.init_meta_curvature,
+            functools.partial(update_rules.meta_curvature, rate=one),
+        ),
+    }[config.learner]
 
     def init(key: PRNGKey, images: Array) -> MetaParams:
         params = model.init(key, images)
-        return MetaParams(params, init_factors(params, rate=1.0))
+        return MetaParams(params, init_factors(params))
 
     def rule(factors: PyTree) -> optax.GradientTransformation:
-        return of_rates(optax.tree.scale(config.inner_rate, factors))
+        return optax.chain(of_factors(factors), optax.scale(config.inner_rate))
 
     loss = update_rules.learned_rule_loss(model.loss_fn, rule=rule, num_steps=config.inner_steps)
     return _by_gradients(

@@ -89,6 +89,7 @@ _STEPS: dict[ModelName, dict[LearnerName, int]] = {
         "reptile": 110_000,
         "meta_sgd": 64_000,
         "learned_rates": 75_000,
+        "meta_curvature": 3000,
         "pretrained": 390_000,
     },
     "conv_vae": {
@@ -97,6 +98,7 @@ _STEPS: dict[ModelName, dict[LearnerName, int]] = {
         "reptile": 12_000,
         "meta_sgd": 5600,
         "learned_rates": 5700,
+        "meta_curvature": 2000,
         "pretrained": 35_000,
     },
     "pixelcnn": {
@@ -105,6 +107,7 @@ _STEPS: dict[ModelName, dict[LearnerName, int]] = {
         "reptile": 4100,
         "meta_sgd": 3500,
         "learned_rates": 3500,
+        "meta_curvature": 3500,
         "pretrained": 21_000,
     },
     "flow": {
@@ -113,6 +116,7 @@ _STEPS: dict[ModelName, dict[LearnerName, int]] = {
         "reptile": 2000,
         "meta_sgd": 1750,
         "learned_rates": 1750,
+        "meta_curvature": 1750,
         "pretrained": 10_000,
     },
     "flow_matching": {
@@ -121,6 +125,7 @@ _STEPS: dict[ModelName, dict[LearnerName, int]] = {
         "reptile": 3000,
         "meta_sgd": 2500,
         "learned_rates": 2500,
+        "meta_curvature": 2500,
         "pretrained": 15_000,
     },
     "gan": {"reptile": 8700},

@@ -53,8 +53,16 @@ def pictures(num_classes=4, size=8, seed=0):
     [
         *(
             (learner, "vae")
-            for learner in ("maml", "fomaml", "reptile", "meta_sgd", "learned_rates", "scratch")
+            for learner in (
+                "maml",
+                "fomaml",
+                "reptile",
+                "meta_sgd",
+                "learned_rates",
+                "scratch",
+            )
         ),
+        pytest.param("meta_curvature", "vae", marks=pytest.mark.slow),
         ("maml", "pixelcnn"),
         *(
             pytest.param("maml", model, marks=pytest.mark.slow)

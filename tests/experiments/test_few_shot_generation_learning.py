@@ -11,7 +11,7 @@ import pytest
 
 from experiments import few_shot_generation, few_shot_generation_data, program
 from experiments.few_shot_generation_compare import load_other, save_figures
-from experiments.few_shot_generation_config import Config
+from experiments.few_shot_generation_config import LEARNED_RULES, Config
 from experiments.few_shot_generation_learners import Learner, make_learner
 from experiments.few_shot_generation_models import adaptive, density_model
 from experiments.few_shot_generation_presets import PRESETS, with_model
@@ -69,6 +69,7 @@ def test_learned_rates_begin_as_the_inner_rate_and_both_fine_tunings_are_their_o
     for learner, options in (
         ("meta_sgd", {}),
         ("learned_rates", {}),
+        ("meta_curvature", {}),
         ("pretrained", {"tuned_rates": (0.001, rate)}),
         ("maml", {}),
         ("maml", {"inner_optimizer": "adam"}),
@@ -84,14 +85,14 @@ def test_learned_rates_begin_as_the_inner_rate_and_both_fine_tunings_are_their_o
             params = jax.tree.map(lambda x: x + 0.1, tested.init) if params is None else params
             found = log_probs(tested._replace(init=params), images(2), images(2, seed=1), KEY)
             by_name[learner, name, *options.values()] = found
-    assert len(by_name) == 8
+    assert len(by_name) == 9
     sgd, adam = by_name["maml", "0.03"], by_name["maml", "0.03", "adam"]
     assert np.abs(sgd[1:] - sgd[:-1]).min() > 1e-3
     assert np.abs(sgd[1:] - adam[1:]).min() > 1e-3
     tuned = {name: found for (learner, name, *_), found in by_name.items() if learner != "maml"}
-    for name in ("learned", "sgd 0.03"):
-        np.testing.assert_allclose(tuned[name], sgd, rtol=1e-5)
-    np.testing.assert_allclose(by_name["meta_sgd", "learned"], sgd, rtol=1e-5)
+    np.testing.assert_allclose(tuned["sgd 0.03"], sgd, rtol=1e-5)
+    for learner in LEARNED_RULES:
+        np.testing.assert_allclose(by_name[learner, "learned"], sgd, rtol=1e-5)
     np.testing.assert_allclose(tuned["adam 0.03"], adam, rtol=1e-5)
 
 
