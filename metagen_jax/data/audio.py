@@ -7,6 +7,7 @@ ITU-T: Pulse code modulation (PCM) of voice frequencies, recommendation G.711, 1
 et al.: WaveNet, 2016.
 """
 
+import itertools
 import math
 import re
 import wave
@@ -22,7 +23,7 @@ from metagen_jax.data.sources import prepared_folder
 from metagen_jax.errors import DataError, UserError, writing
 from metagen_jax.types import AnyArray
 
-Source = Literal["tones", "free_spoken_digit"]
+Source = Literal["tones", "voices", "free_spoken_digit"]
 Split = Literal["train", "validation", "test"]
 
 RATE = 8000
@@ -116,7 +117,11 @@ def load_recordings(name: Source, split: Split, *, data_dir: Folder | None = Non
     `"free_spoken_digit"`: digits spoken by six people, 50 recordings each. Numbers 0 to 4 of each
     digit and speaker are the authors' test split, 5 to 7 the validation here, the others train.
 
-    `"tones"`: the embedded set, made on the spot; see `render_tones`. Its splits are the same.
+    `"tones"`: the embedded set, made on the spot, 16 recordings of each melody by each of three
+    voices; see `render_tones`. Its splits are the same.
+
+    `"voices"`: likewise by those three and nine more, whose pitches and colours lie among theirs
+    and a little beyond; to learn from some voices and meet others.
 
     Args:
       name: of the set.
@@ -129,13 +134,10 @@ def load_recordings(name: Source, split: Split, *, data_dir: Folder | None = Non
     if split not in _SPLITS:
         raise DataError(f"split is {split!r}; give one of {', '.join(_SPLITS)}")
     first, after = _SPLITS[split]
-    if name == "tones":
+    if name in _VOICES:
         numbers = range(first, min(after, TONES_EACH))
-        return _joined(
-            [(*pair, n, render_tones(*pair, n)) for pair in _PAIRS for n in numbers],
-            _MELODIES,
-            _VOICES,
-        )
+        triples = itertools.product(range(len(_STEPS)), range(len(_VOICES[name])), numbers)
+        return _joined([(*of, render_tones(*of)) for of in triples], _STEPS, _VOICES[name])
     with missing_package_named(name):
         return _load_tfds(name, data_dir, first, after)
 
@@ -183,9 +185,21 @@ _STEPS = {
     "down a fifth": (7, 0),
 }
 # A pitch in hertz, and how fast the overtones fade.
-_TIMBRES = {"low": (110.0, 0.8), "middle": (165.0, 1.2), "high": (247.0, 1.8)}
-_MELODIES, _VOICES = tuple(_STEPS), tuple(_TIMBRES)
-_PAIRS = [(melody, voice) for melody in range(len(_MELODIES)) for voice in range(len(_VOICES))]
+_TIMBRES = {
+    "low": (110.0, 0.8),
+    "middle": (165.0, 1.2),
+    "high": (247.0, 1.8),
+    "bass": (98.0, 1.5),
+    "tenor": (147.0, 0.7),
+    "alto": (185.0, 1.9),
+    "mezzo": (220.0, 0.9),
+    "soprano": (277.0, 1.3),
+    "baritone": (123.0, 1.8),
+    "treble": (262.0, 0.8),
+    "cello": (131.0, 1.1),
+    "viola": (208.0, 1.5),
+}
+_VOICES = {"tones": tuple(_TIMBRES)[:3], "voices": tuple(_TIMBRES)}
 
 
 def render_tones(melody: int, voice: int, number: int) -> Int16[np.ndarray, " t"]:

@@ -63,6 +63,17 @@ def test_splits_of_tones_have_every_melody_and_voice_and_nothing_in_common():
     assert test.starts[-1] == len(test.samples)
 
 
+def test_voices_are_those_of_the_tones_and_more():
+    voices, tones = load_recordings("voices", "validation"), load_recordings("tones", "validation")
+    assert len(set(voices.speaker_names)) == 12
+    assert voices.speaker_names[:3] == tones.speaker_names
+    assert voices.label_names == tones.label_names
+    assert len(voices.labels) == 6 * 12 * 3
+    rows = np.flatnonzero(voices.speakers < 3)
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(voices.of(row), tones.of(i))
+
+
 @pytest.mark.parametrize("melody", [0, 3])
 def test_the_second_note_is_as_much_higher_as_the_melody_says(melody):
     """By where the spectrum of each third has its peak, below the second overtone."""
