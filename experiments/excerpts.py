@@ -71,17 +71,39 @@ def draw_excerpts(
     sequence of less than `length` has `length` places: it would else be drawn the more seldom the
     shorter it is, though each time it counts as a whole.
     """
-    values, starts, conditions = sequences
+    starts = sequences.starts
     places = jnp.cumsum(jnp.maximum(jnp.diff(starts), length))
     drawn = jax.random.randint(key, (count,), 0, places[-1])
-    owner = jnp.searchsorted(places, drawn, side="right")
-    place = starts[owner] + drawn - jnp.where(owner > 0, places[owner - 1], 0)
-    place = jnp.minimum(place, jnp.maximum(starts[owner + 1] - length, starts[owner]))
-    begin = jnp.maximum(place - warm_up, starts[owner])
-    first = jnp.where(begin == starts[owner], begin, place)
+    owners = jnp.searchsorted(places, drawn, side="right")
+    place = starts[owners] + drawn - jnp.where(owners > 0, places[owners - 1], 0)
+    return _excerpts_at(sequences, owners, place, length=length, warm_up=warm_up)
+
+
+def draw_excerpt_of_each(
+    key: PRNGKey, sequences: Sequences, owners: Int[Array, " n"], *, length: int, warm_up: int
+) -> tuple[Excerpt, Float[Array, "n d"]]:
+    """Likewise one excerpt of each of these sequences, which are given by number."""
+    first, after = sequences.starts[owners], sequences.starts[owners + 1]
+    place = jax.random.randint(key, owners.shape, first, after)
+    return _excerpts_at(sequences, owners, place, length=length, warm_up=warm_up)
+
+
+def _excerpts_at(
+    sequences: Sequences,
+    owners: Int[Array, " n"],
+    place: Int[Array, " n"],
+    *,
+    length: int,
+    warm_up: int,
+) -> tuple[Excerpt, Float[Array, "n d"]]:
+    """As `draw_excerpts` has them, from a place in each of these sequences."""
+    values, starts, conditions = sequences
+    place = jnp.minimum(place, jnp.maximum(starts[owners + 1] - length, starts[owners]))
+    begin = jnp.maximum(place - warm_up, starts[owners])
+    first = jnp.where(begin == starts[owners], begin, place)
     index = begin[:, None] + jnp.arange(warm_up + length)
-    counted = (index >= first[:, None]) & (index < starts[owner + 1][:, None])
-    return Excerpt(values[jnp.minimum(index, len(values) - 1)], counted), conditions[owner]
+    counted = (index >= first[:, None]) & (index < starts[owners + 1][:, None])
+    return Excerpt(values[jnp.minimum(index, len(values) - 1)], counted), conditions[owners]
 
 
 def cut(sequences: Sequences, *, length: int, reach: int) -> Cut:

@@ -13,23 +13,25 @@ WAV files under `samples/`, metrics, checkpoints. A run that is done can be resu
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
 
+import functools
 from typing import Any
 
 import jax
 import optax
-from jaxtyping import Array
 
 from experiments import program, speech_report
-from experiments.excerpts import Excerpt, Sequences, cut, draw_excerpts, excerpt_loss
-from experiments.speech_config import PRESETS, Config, check, with_source
+from experiments.excerpts import Sequences, cut
+from experiments.speech_config import PRESETS, Config, check, with_conditional
 from experiments.speech_data import load_splits, to_sounds
 from experiments.speech_model import (
     bits_a_sample,
+    draw_batch,
+    first_params,
     key_of,
     make_log_prob,
+    make_loss,
     make_net,
     references,
-    told,
 )
 from metagen_jax.evaluation.estimates import Estimate, estimate
 from metagen_jax.generative.maximum_likelihood import LogProb
@@ -37,26 +39,13 @@ from metagen_jax.gradients import gradients
 from metagen_jax.nets.wavenet import WaveNet
 from metagen_jax.parallel import data_parallel, replicate
 from metagen_jax.training import FitResult, fit, init_state, train_step
-from metagen_jax.types import Params, PRNGKey
+from metagen_jax.types import Params
 
 
 def train(
     config: Config, net: WaveNet, log_prob: LogProb, sounds: Sequences, val: Sequences
 ) -> FitResult:
     """Trains the net; the parameters that validate best are the result."""
-
-    def sample(key: PRNGKey, data: Sequences) -> tuple[Excerpt, Array]:
-        return draw_excerpts(
-            key,
-            data,
-            count=config.batch_size,
-            length=config.excerpt,
-            warm_up=config.warm_up,
-        )
-
-    def predict(params: Params, codes: Array, conditions: Array) -> Any:
-        return net.apply(params, codes, told(conditions))
-
     pieces = cut(val, length=config.excerpt, reach=net.receptive_field)
 
     def validate(params: Params) -> dict[str, float]:
@@ -64,12 +53,12 @@ def train(
 
     optimizer = optax.adam(optax.cosine_decay_schedule(config.rate, config.steps))
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(net.init)(init_key, sounds.values[:1], told(sounds.conditions[0]))
+    params = first_params(init_key, net, sounds)
     devices = program.devices_for(config.num_devices, config.batch_size)
-    grad_fn = data_parallel(gradients(excerpt_loss(predict)), devices=devices)
+    grad_fn = data_parallel(gradients(make_loss(net)), devices=devices)
     state, data = replicate((init_state(params, optimizer, train_key), sounds), devices=devices)
     return fit(
-        train_step(grad_fn, optimizer, sample),
+        train_step(grad_fn, optimizer, functools.partial(draw_batch, config)),
         state,
         data,
         num_steps=config.steps,
@@ -130,4 +119,4 @@ def compare(bits: dict[str, Estimate]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    program.run("speech", main, PRESETS, default="tones", vary=with_source)
+    program.run("speech", main, PRESETS, default="tones", vary=with_conditional)

@@ -112,7 +112,7 @@ PRESETS = {
 }
 
 
-def with_source(preset: Config, line: Config) -> Config:
+def with_conditional(preset: Config, line: Config) -> Config:
     """The preset's settings in a folder that tells whether the model is conditional."""
     kind = "" if line.conditional else "-unconditional"
     return replace(preset, run_dir=preset.run_dir.with_name(f"{preset.run_dir.name}{kind}"))

@@ -1,4 +1,4 @@
-"""The model of `experiments.speech`, what it is worth, and what it is compared with."""
+"""The model of both experiments on speech, what it is worth, and what it is compared with."""
 
 import functools
 from typing import Any
@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from experiments.excerpts import Cut, Excerpt, Sequences, as_list, ratio_over_sequences
+from experiments.excerpts import (
+    Cut,
+    Excerpt,
+    Sequences,
+    as_list,
+    draw_excerpts,
+    excerpt_loss,
+    ratio_over_sequences,
+)
 from experiments.few_shot_speech_config import Config as FewShotConfig
 from experiments.speech_config import Config
 from metagen_jax.data.audio import mu_law_decode
@@ -23,7 +31,7 @@ from metagen_jax.generative.autoregressive import autoregressive_log_prob
 from metagen_jax.generative.likelihoods import categorical_log_prob
 from metagen_jax.generative.maximum_likelihood import LogProb
 from metagen_jax.nets.wavenet import WaveNet
-from metagen_jax.types import Params
+from metagen_jax.types import LossFn, Params, PRNGKey
 
 NUM_CODES = 256
 
@@ -42,6 +50,29 @@ def make_net(config: Config | FewShotConfig) -> WaveNet:
 def told(condition: Array) -> Array | None:
     """The condition as the net takes it: None where there is nothing in it."""
     return condition if condition.shape[-1] else None
+
+
+def first_params(key: PRNGKey, net: WaveNet, sounds: Sequences) -> Params:
+    """Parameters before training, for such conditions as these sounds have."""
+    return jax.jit(net.init)(key, sounds.values[:1], told(jnp.asarray(sounds.conditions[0])))
+
+
+def make_loss(net: WaveNet, *, axis_name: str | None = "tasks") -> LossFn:
+    """Nats a sample of excerpts with their conditions; see `excerpt_loss`."""
+
+    def predict(params: Params, codes: Array, conditions: Array) -> Any:
+        return net.apply(params, codes, told(conditions))
+
+    return excerpt_loss(predict, axis_name=axis_name)
+
+
+def draw_batch(
+    config: Config | FewShotConfig, key: PRNGKey, sounds: Sequences
+) -> tuple[Excerpt, Array]:
+    """The excerpts of a step of training, from anywhere in all sounds."""
+    return draw_excerpts(
+        key, sounds, count=config.batch_size, length=config.excerpt, warm_up=config.warm_up
+    )
 
 
 def make_log_prob(net: WaveNet) -> LogProb:

@@ -1,6 +1,7 @@
 """The table, the pictures and the sounds of `experiments.speech`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -81,27 +82,45 @@ def make_samples(config: Config, net: WaveNet, params: Params, recordings: Recor
     conditions = one_hot(recordings, labels, speakers)
     if not config.conditional:
         conditions = conditions[:, :0]
-    length = max(1, round(config.seconds * RATE))
+    make = sounds_of(net, config.seconds, temperature=config.temperature, top_p=config.top_p)
+    key = jax.random.fold_in(jax.random.key(SAMPLE_SEED), config.seed)
+    names = [_name(config, recordings, *pair) for pair in asked]
+    sounds = list(zip(names, make(params, key, conditions), strict=True))
+    folder = config.run_dir / "samples"
+    write_sounds(folder, sounds)
+    _draw_spectrograms(config, recordings, asked, sounds)
+    print(f"sounds are in {folder}: {len(sounds)} WAV files")
+    print(f"pictures are in {config.run_dir}: learning_curve.png, spectrograms.png")
+
+
+def sounds_of(
+    net: WaveNet, seconds: float, *, temperature: float = 1.0, top_p: float = 1.0
+) -> Callable[[Params, PRNGKey, np.ndarray], np.ndarray]:
+    """`(params, key, conditions (n, d)) -> amplitudes (n, t)`, a sound for each condition."""
+    length = max(1, round(seconds * RATE))
     start, keep = jnp.zeros(length, jnp.int32), jnp.zeros(length, bool)
-    draw = draw_categorical(temperature=config.temperature, top_p=config.top_p)
+    draw = draw_categorical(temperature=temperature, top_p=top_p)
 
     def sample(params: Params, key: PRNGKey, condition: Array) -> Array:
         return sample_wavenet(key, net, params, draw, start, keep, condition=told(condition))
 
-    keys = task_keys(jax.random.fold_in(jax.random.key(SAMPLE_SEED), config.seed), len(asked))
-    codes = jax.jit(jax.vmap(sample, in_axes=(None, 0, 0)))(params, keys, jnp.asarray(conditions))
-    sounds = np.asarray(mu_law_decode(codes))
-    folder = config.run_dir / "samples"
+    samples = jax.jit(jax.vmap(sample, in_axes=(None, 0, 0)))
+
+    def make(params: Params, key: PRNGKey, conditions: np.ndarray) -> np.ndarray:
+        keys = task_keys(key, len(conditions))
+        return np.asarray(mu_law_decode(samples(params, keys, jnp.asarray(conditions))))
+
+    return make
+
+
+def write_sounds(folder: Path, sounds: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Writes each as a WAV file of its number and name."""
     with writing(folder):
         folder.mkdir(exist_ok=True)
         for old in folder.glob("*.wav"):  # Of before the run was resumed.
             old.unlink()
-    names = [_name(config, recordings, *pair) for pair in asked]
-    for i, (name, sound) in enumerate(zip(names, sounds, strict=True)):
+    for i, (name, sound) in enumerate(sounds):
         write_wav(folder / f"{i:02d} {name}.wav", sound)
-    _draw_spectrograms(config, recordings, asked, list(zip(names, sounds, strict=True)))
-    print(f"sounds are in {folder}: {len(sounds)} WAV files")
-    print(f"pictures are in {config.run_dir}: learning_curve.png, spectrograms.png")
 
 
 def _name(config: Config, recordings: Recordings, label: int, speaker: int) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import program, speech, speech_report
 from experiments.excerpts import Excerpt, as_list, cut, draw_excerpts, excerpt_loss
-from experiments.speech_config import PRESETS, Config, check, with_source
+from experiments.speech_config import PRESETS, Config, check, with_conditional
 from experiments.speech_data import choose, load_splits, to_sounds
 from experiments.speech_model import bits_a_sample, make_log_prob, make_net, told
 from metagen_jax.data.audio import Recordings
@@ -173,7 +173,7 @@ def test_splits_are_as_large_as_asked_and_the_command_line_wins():
     assert [len(part.labels) for part in splits] == [144, 3, 9]
 
     def parse(*argv):
-        return program.parse("speech", PRESETS, default="tones", vary=with_source, argv=argv)
+        return program.parse("speech", PRESETS, default="tones", vary=with_conditional, argv=argv)
 
     assert parse("--no-conditional").run_dir.name == "speech-tones-unconditional"
     assert parse("--preset", "digits", "--steps", "3").steps == 3
