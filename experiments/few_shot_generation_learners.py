@@ -23,6 +23,7 @@ from experiments.few_shot_generation_models import (
     density_model,
     set_vae,
 )
+from experiments.fine_tuning import adam_or_sgd, at_rates
 from metagen_jax.evaluation.few_shot import Sample
 from metagen_jax.evaluation.generated_examples import Draw
 from metagen_jax.evaluation.likelihood_by_shots import adapted_log_probs
@@ -38,7 +39,6 @@ from metagen_jax.types import GradFn, MetaParams, Metrics, Params, PredictFn, PR
 
 # So that the derivative of Adam's update stays finite; see `metagen_jax.meta.adapt`.
 _ADAM = functools.partial(optax.adam, eps_root=1e-8)
-_NO_RATES = {"adam": 0.0, "sgd": 0.0}
 
 Purpose = Literal["validation", "choice", "test"]
 """What likelihoods are for: a choice is among all numbers of steps up to one."""
@@ -221,12 +221,8 @@ def conventional(config: Config, model: Adaptive) -> Learner:
         model.init,
         gradients(model.loss_fn) if trained else None,
         conventional_batches(config, num_images),
-        lambda params: {
-            f"{name} {rate:g}": _at_rate(params, {**_NO_RATES, name: rate})
-            for name in _NO_RATES
-            for rate in config.tuned_rates
-        },
-        _adam_or_sgd,
+        lambda params: at_rates(params, dict.fromkeys(("adam", "sgd"), config.tuned_rates)),
+        functools.partial(adam_or_sgd, adam=_ADAM),
     )
 
 
@@ -330,21 +326,9 @@ def _halves(keys: Array) -> tuple[PRNGKey, Array]:
     return first[0], second
 
 
-def _adam_or_sgd(rates: dict[str, Array]) -> optax.GradientTransformation:
-    """The sum of their steps, so that one compiled program serves both: one rate is 0."""
-    adam, sgd = _ADAM(rates["adam"]), optax.sgd(rates["sgd"])
-
-    def update(updates: Params, state: Any, params: Params | None = None):
-        steps, state = adam.update(updates, state, params)
-        more, _ = sgd.update(updates, sgd.init(updates))
-        return optax.tree.add(steps, more), state
-
-    return optax.GradientTransformation(adam.init, update)
-
-
 def _inner(config: Config) -> Callable[..., optax.GradientTransformation]:
     return _ADAM if config.inner_optimizer == "adam" else optax.sgd
 
 
-def _at_rate(params: Params, rates: PyTree) -> MetaParams:
-    return MetaParams(params, jax.tree.map(jnp.float32, rates))
+def _at_rate(params: Params, rate: float) -> MetaParams:
+    return MetaParams(params, jnp.float32(rate))
