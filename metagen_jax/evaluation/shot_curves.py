@@ -22,6 +22,7 @@ def plot_nll_by_shots(
     *,
     title: str,
     unit: str = "nats",
+    seen: str = "examples of the class seen",
     published: Mapping[str, Mapping[int, float]] | None = None,
 ) -> None:
     """The negative log-likelihood of the next example against the examples seen, with intervals.
@@ -31,6 +32,7 @@ def plot_nll_by_shots(
       path: the picture to write; its suffix is the format.
       title: of the picture.
       unit: of the estimates.
+      seen: what is counted from left to right.
       published: by name, figures of others without an interval, drawn dashed.
     """
     figure = new_figure(8.5, 4.2, title)
@@ -50,7 +52,7 @@ def plot_nll_by_shots(
     axes.set_xticks(sorted({n for by_shots in curves.values() for n in by_shots}))
     finish(
         axes,
-        "examples of the class seen",
+        seen,
         f"Negative log-likelihood of the next one ({unit}), mean over episodes with 95 % interval",
     )
     label_right(axes, labels)
