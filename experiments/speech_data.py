@@ -1,9 +1,10 @@
-"""The recordings of `experiments.speech`, as codes with conditions."""
+"""Recordings as codes with conditions, and which of them `experiments.speech` takes."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from experiments.excerpts import Sequences
 from experiments.speech_config import Config
@@ -50,11 +51,25 @@ def choose(recordings: Recordings, count: int | None) -> Recordings:
     total = len(recordings.labels)
     if count is None or count >= total:
         return recordings
-    kept = [i * total // count for i in range(count)]
-    sounds = [recordings.of(i) for i in kept]
+    return select(recordings, np.arange(count) * total // count)
+
+
+def select(recordings: Recordings, rows: Int[np.ndarray, " n"]) -> Recordings:
+    """Some of the recordings, by number."""
+    sounds = [recordings.of(int(i)) for i in rows]
     return recordings._replace(
         samples=np.concatenate(sounds),
         starts=np.cumsum([0, *map(len, sounds)]),
-        labels=recordings.labels[kept],
-        speakers=recordings.speakers[kept],
+        labels=recordings.labels[rows],
+        speakers=recordings.speakers[rows],
+    )
+
+
+def join(parts: Sequence[Recordings]) -> Recordings:
+    """All recordings of several parts of one set."""
+    return parts[0]._replace(
+        samples=np.concatenate([part.samples for part in parts]),
+        starts=np.cumsum([0, *np.concatenate([np.diff(part.starts) for part in parts])]),
+        labels=np.concatenate([part.labels for part in parts]),
+        speakers=np.concatenate([part.speakers for part in parts]),
     )

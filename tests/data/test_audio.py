@@ -71,7 +71,7 @@ def test_voices_are_those_of_the_tones_and_more():
     assert len(voices.labels) == 6 * 12 * 3
     rows = np.flatnonzero(voices.speakers < 3)
     for i, row in enumerate(rows):
-        np.testing.assert_array_equal(voices.of(row), tones.of(i))
+        np.testing.assert_array_equal(voices.of(int(row)), tones.of(i))
 
 
 @pytest.mark.parametrize("melody", [0, 3])

@@ -11,9 +11,16 @@ import numpy as np
 import pytest
 
 from experiments import program, speech, speech_report
-from experiments.excerpts import Excerpt, as_list, cut, draw_excerpts, excerpt_loss
+from experiments.excerpts import (
+    Excerpt,
+    as_list,
+    cut,
+    draw_excerpt_of_each,
+    draw_excerpts,
+    excerpt_loss,
+)
 from experiments.speech_config import PRESETS, Config, check, with_conditional
-from experiments.speech_data import choose, load_splits, to_sounds
+from experiments.speech_data import choose, join, load_splits, select, to_sounds
 from experiments.speech_model import bits_a_sample, make_log_prob, make_net, told
 from metagen_jax.data.audio import Recordings
 from metagen_jax.errors import UserError
@@ -69,6 +76,22 @@ def test_all_samples_count_about_as_often_whatever_the_length_of_their_recording
     of_short, inner = times[:13], times[13 + 16 : -20]
     np.testing.assert_allclose(of_short / inner.mean(), 1, rtol=0.15)
     np.testing.assert_allclose(inner / inner.mean(), 1, rtol=0.25)
+
+
+def test_one_excerpt_of_each_is_of_the_sequences_asked_for():
+    sounds = to_sounds(recordings_of(40, 3, 25), conditional=True)
+    owners = jnp.tile(jnp.array([2, 0]), 200)
+    excerpts, conditions = draw_excerpt_of_each(KEY, sounds, owners, length=10, warm_up=6)
+    np.testing.assert_array_equal(conditions, np.asarray(sounds.conditions)[owners])
+    seen = set()
+    for owner, codes, counted in zip(owners.tolist(), *map(np.asarray, excerpts), strict=True):
+        of = as_list(sounds)[owner]
+        last = int(np.flatnonzero(counted)[-1])
+        [begin] = [
+            i for i in range(len(of)) if np.array_equal(of[i : i + last + 1], codes[: last + 1])
+        ][:1]
+        seen |= {(owner, begin + i) for i in np.flatnonzero(counted).tolist()}
+    assert len(seen) == 40 + 25, "every sample has its turn"
 
 
 @pytest.mark.slow
@@ -130,6 +153,11 @@ def test_recordings_are_chosen_evenly_and_conditions_name_them():
     np.testing.assert_array_equal(half.of(1), recordings.of(2))
     assert half.labels.tolist() == [0, 0]
     assert choose(recordings, 9) is recordings
+    again = join([select(recordings, np.array([0, 3])), select(recordings, np.array([2]))])
+    np.testing.assert_array_equal(again.of(1), recordings.of(3))
+    np.testing.assert_array_equal(again.of(2), recordings.of(2))
+    assert again.labels.tolist() == [0, 1, 0]
+    assert again.speakers.tolist() == [0, 1, 1]
     sounds = to_sounds(recordings, conditional=True)
     np.testing.assert_array_equal(sounds.conditions[3], [0, 1, 0, 1, 0])
     assert to_sounds(recordings, conditional=False).conditions.shape == (4, 0)
