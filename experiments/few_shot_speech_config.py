@@ -2,23 +2,24 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from experiments import program
-from experiments.speech_config import SourceName
 
 
 @dataclass(frozen=True)
 class Config:
-    source: SourceName = "tones"
-    """Recordings: "tones" are embedded; "free_spoken_digit" is a set of TFDS. The first half of the
-    speakers are trained on, the next validates, the others test."""
+    source: Literal["voices", "free_spoken_digit"] = "voices"
+    """Recordings: "voices" are embedded; "free_spoken_digit" is a set of TFDS."""
+    num_speakers: tuple[int, int, int] = (8, 2, 2)
+    """The first so many of them are trained on, the next validate, those after them test."""
     data_dir: Path | None = None
     """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
     excerpt: int = 1024
-    """Samples that count, of one place in each recording."""
+    """Samples of an excerpt that count, at most."""
     warm_up: int = 512
-    """Samples before them that the net sees, where the recording has them."""
+    """Samples before them that the net sees in training, where the recording has them; in
+    validation and test it sees as many as it can."""
 
     num_filters: int = 32
     """Channels that the net's layers hand on."""
@@ -54,14 +55,21 @@ class Config:
 
     shots: tuple[int, ...] = (0, 1, 5)
     """Recordings of the speaker, at test."""
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3)
-    """Learning rates of the steps on these, of which the validation speakers choose."""
+    sgd_rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0)
+    """Learning rates of SGD on these, of which and of Adam's the validation speakers choose one."""
+    adam_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    """Learning rates of Adam on these."""
     test_steps: int = 10
     """Steps on them at most, of which they choose as well."""
-    num_choice_tasks: int = 10
+    num_choice_tasks: int = 6
     """Episodes by which that is chosen."""
-    num_test_tasks: int = 50
+    num_test_tasks: int = 30
     """Episodes of each test speaker."""
+
+    num_samples: int = 2
+    """Sounds that are made for each test speaker, before and after hearing some."""
+    seconds: float = 0.5
+    """How long each is."""
 
     seed: int = 0
     """Fixes initialisation and training."""
@@ -72,6 +80,13 @@ class Config:
     resume: bool = False
     """Go on from the last checkpoint of the run's folder."""
 
+    MAY_CHANGE: ClassVar = ("num_samples", "seconds")
+
+    @property
+    def rates(self) -> dict[str, tuple[float, ...]]:
+        """Those to choose from, by optimiser."""
+        return {"adam": self.adam_rates, "sgd": self.sgd_rates}
+
     @property
     def dilations(self) -> tuple[int, ...]:
         """Of the net's layers."""
@@ -79,7 +94,7 @@ class Config:
 
 
 PRESETS = {
-    "tones": Config(),
+    "voices": Config(),
     "smoke": Config(
         excerpt=64,
         warm_up=16,
@@ -93,28 +108,36 @@ PRESETS = {
         num_queries=2,
         inner_steps=1,
         shots=(0, 2),
-        rates=(0.1,),
+        sgd_rates=(0.1,),
+        adam_rates=(1e-3,),
         test_steps=2,
         num_choice_tasks=2,
         num_test_tasks=2,
+        num_samples=1,
+        seconds=0.05,
     ),
-    "digits": Config(source="free_spoken_digit", steps=5000, meta_steps=150),
+    "digits": Config(
+        source="free_spoken_digit", num_speakers=(3, 1, 2), steps=5000, meta_steps=150
+    ),
 }
 
 
-def with_source(preset: Config, line: Config) -> Config:
-    """The preset's settings in a folder that is called after the kind of gradient, too."""
-    run_dir = preset.run_dir.with_name(f"{preset.run_dir.name}-{line.gradient}")
-    return replace(preset, gradient=line.gradient, run_dir=run_dir)
+def with_gradient(preset: Config, line: Config) -> Config:
+    """The preset's settings in a folder that tells which kind of gradient MAML takes."""
+    return replace(
+        preset, run_dir=preset.run_dir.with_name(f"{preset.run_dir.name}-{line.gradient}")
+    )
 
 
 def check(config: Config) -> None:
     """Raises a UserError for settings that would fail only after training, or without sense."""
     counts = ("excerpt", "num_filters", "num_skip", "num_layers", "num_stacks", "steps")
     counts += ("batch_size", "meta_steps", "num_tasks", "num_shots", "num_queries", "inner_steps")
-    least = {**dict.fromkeys((*counts, "test_steps"), 1), "warm_up": 0}
+    least = {**dict.fromkeys((*counts, "test_steps", "num_samples"), 1), "warm_up": 0}
     # An interval needs two.
     least |= {"num_choice_tasks": 2, "num_test_tasks": 2}
+    learned, *others = config.num_speakers
+    rates = (*config.sgd_rates, *config.adam_rates)
     program.require(
         *(
             (getattr(config, name) >= low, f"{name} is {getattr(config, name)}; give {low} or more")
@@ -122,14 +145,25 @@ def check(config: Config) -> None:
         ),
         *(
             (getattr(config, name) > 0, f"{name} is {getattr(config, name)}; give more than 0")
-            for name in ("rate", "meta_rate", "inner_rate")
+            for name in ("rate", "meta_rate", "inner_rate", "seconds")
         ),
         (
-            min(config.rates, default=0) > 0,
-            f"rates are {config.rates}; give one or more, each more than 0",
+            learned >= 2 and min(others) >= 1,
+            f"num_speakers is {config.num_speakers}; give two or more to learn from, one or more "
+            "to validate and one or more to test",
+        ),
+        (
+            min(rates, default=0) > 0,
+            f"sgd_rates is {config.sgd_rates} and adam_rates {config.adam_rates}; give one rate or "
+            "more, each more than 0",
         ),
         (
             min(config.shots, default=-1) >= 0 and len(set(config.shots)) == len(config.shots),
-            f"shots are {config.shots}; give one or more numbers, none negative, each once",
+            f"shots is {config.shots}; give one or more numbers, none negative, each once",
+        ),
+        (
+            config.num_samples <= config.num_queries,
+            f"num_samples is {config.num_samples}; give at most num_queries, {config.num_queries}: "
+            "they say what the queries say",
         ),
     )
