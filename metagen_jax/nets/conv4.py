@@ -27,9 +27,13 @@ class BatchNorm(nn.Module):
 
     Attributes:
       epsilon: added to the variance.
+      axis_name: of the devices whose examples are of the batch too, with derivatives; see
+        `metagen_jax.self_supervised.contrastive` for how to average. It is needed neither to
+        initialise nor with `num_reference`, whose examples are this device's own.
     """
 
     epsilon: float = 1e-3
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -40,17 +44,31 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32)
         reference = x[:num_reference]
         axes = tuple(range(x.ndim - 1))
-        mean = reference.mean(axes)
-        variance = jnp.square(reference - mean).mean(axes)
+        alone = num_reference is not None or self.is_initializing()
+        axis_name = None if alone else self.axis_name
+        mean = _mean_of_devices(reference.mean(axes), axis_name)
+        variance = _mean_of_devices(jnp.square(reference - mean).mean(axes), axis_name)
         return (x - mean) * (scale * jax.lax.rsqrt(variance + self.epsilon)) + bias
 
 
+def _mean_of_devices(values: Float[Array, " c"], axis_name: str | None) -> Float[Array, " c"]:
+    # XLA keeps an all-reduce even among one device.
+    if axis_name is None or jax.lax.axis_size(axis_name) == 1:
+        return values
+    return jax.lax.pmean(values, axis_name)
+
+
 def normalise(
-    x: Float[Array, "n *positions c"], norm: Norm, *, num_reference: int | None, name: str
+    x: Float[Array, "n *positions c"],
+    norm: Norm,
+    *,
+    num_reference: int | None,
+    name: str,
+    axis_name: str | None,
 ) -> Float[Array, "n *positions c"]:
     """A layer of the net that calls this: as `Conv4.norm` says, by parameters of that name."""
     if norm == "batch":
-        return BatchNorm(name=name)(x, num_reference)
+        return BatchNorm(axis_name=axis_name, name=name)(x, num_reference)
     if norm == "group":
         return nn.GroupNorm(num_groups=NUM_GROUPS, name=name)(x)
     if norm == "layer":
@@ -85,6 +103,7 @@ class Conv4(nn.Module):
       norm: "batch" (statistics of the current batch), "group" (8 groups), "layer" or "none".
       matmul_dtype: what the operands of the convolutions' products are rounded to, such as
         `jnp.bfloat16`; all else, and their sums, keep the images' type.
+      axis_name: of the devices whose images are of the current batch too, as in `BatchNorm`.
     """
 
     num_outputs: int | None
@@ -92,6 +111,7 @@ class Conv4(nn.Module):
     strided: bool = True
     norm: Norm = "batch"
     matmul_dtype: DTypeLike | None = None
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -127,7 +147,13 @@ class Conv4(nn.Module):
                 matmul_dtype=self.matmul_dtype,
                 name=f"conv{block}",
             )(x)
-            x = normalise(x, self.norm, num_reference=num_reference, name=f"norm{block}")
+            x = normalise(
+                x,
+                self.norm,
+                num_reference=num_reference,
+                name=f"norm{block}",
+                axis_name=self.axis_name,
+            )
             if not self.strided:
                 x = max_pool_2x2(x)
             if context is not None and block == _MODULATED_BLOCK:

@@ -25,6 +25,8 @@ class MLP(nn.Module):
       head_init: of the head's kernel, if it is another; zeros make the outputs start at zero.
       batch_norm: normalise by the current batch before each activation, as projection heads of
         self-supervised learning do: an output then depends on the other inputs.
+      axis_name: of the devices whose inputs are of the batch too, as in
+        `metagen_jax.nets.conv4.BatchNorm`.
     """
 
     hidden_sizes: Sequence[int]
@@ -33,6 +35,7 @@ class MLP(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     head_init: Initializer | None = None
     batch_norm: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, x: Float[AnyArray, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
@@ -41,7 +44,7 @@ class MLP(nn.Module):
         for i, size in enumerate(self.hidden_sizes):
             h = nn.Dense(size, kernel_init=self.kernel_init, name=f"hidden{i}")(h)
             if self.batch_norm:
-                h = BatchNorm(name=f"norm{i}")(h)
+                h = BatchNorm(axis_name=self.axis_name, name=f"norm{i}")(h)
             h = self.activation(h)
         if self.num_outputs is None:
             return h

@@ -28,6 +28,8 @@ class ResNet(nn.Module):
       norm: as in `metagen_jax.nets.conv4.Conv4`. By "batch" a feature depends on the other images
         of the batch; by the others each image is by itself.
       pooled: take the mean over positions; without it there are outputs for each position.
+      axis_name: of the devices whose images are of the batch too, as in
+        `metagen_jax.nets.conv4.BatchNorm`.
     """
 
     num_outputs: int | None
@@ -35,6 +37,7 @@ class ResNet(nn.Module):
     blocks_per_stage: int = 1
     norm: Norm = "group"
     pooled: bool = True
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(
@@ -62,8 +65,13 @@ class ResNet(nn.Module):
             check_norm(self.norm, filters)
 
         def convolve(x, filters: int, name: str, *, size: int = 3, stride: int = 1):
-            conv = Conv(filters, (size, size), (stride, stride), use_bias=False, name=name)
-            return normalise(conv(x), self.norm, num_reference=num_reference, name=f"{name}_norm")
+            return normalise(
+                Conv(filters, (size, size), (stride, stride), use_bias=False, name=name)(x),
+                self.norm,
+                num_reference=num_reference,
+                name=f"{name}_norm",
+                axis_name=self.axis_name,
+            )
 
         x = nn.relu(convolve(jnp.asarray(images), self.num_filters[0], "stem"))
         for stage, filters in enumerate(self.num_filters):

@@ -123,6 +123,29 @@ def test_batch_norm_equals_numpy_in_value_and_gradient(num_reference):
         chex.assert_trees_all_close(grads, numerical, rtol=1e-5, atol=1e-7)
 
 
+def test_batch_norm_of_devices_is_that_of_their_whole_batch():
+    with jax.enable_x64(True):
+        x, weights = (random(8, 3, 5, seed=seed, dtype=np.float64) for seed in (0, 1))
+        one, many = BatchNorm(), BatchNorm(axis_name="i")
+        variables = many.init(KEY, x)
+        chex.assert_trees_all_equal(variables, one.init(KEY, x))
+
+        def of_one(variables, x):
+            return (weights * one.apply(variables, x)).sum()
+
+        def of_many(variables, x):
+            parts = x.reshape(4, 2, *x.shape[1:])
+            y = jax.vmap(lambda part: many.apply(variables, part), axis_name="i")(parts)
+            return (weights * y.reshape(x.shape)).sum()
+
+        expected = jax.value_and_grad(of_one, argnums=(0, 1))(variables, x)
+        actual = jax.value_and_grad(of_many, argnums=(0, 1))(variables, x)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
+        # Statistics of a reference are a device's own.
+        own = many.apply(variables, x, num_reference=2)
+        np.testing.assert_array_equal(own, one.apply(variables, x, num_reference=2))
+
+
 def test_batch_norm_is_finite_for_a_constant_batch():
     x = jnp.full((4, 5), 3.0)
     variables = BatchNorm().init(KEY, x)
