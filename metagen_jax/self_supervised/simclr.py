@@ -3,6 +3,9 @@
     loss_fn = simclr_loss(lambda p, x: head.apply(p["head"], net.apply(p["net"], x)), augment,
                           temperature=0.5)
 
+`two_view_loss` takes any other comparison of two views in its place, such as those of
+`metagen_jax.self_supervised.decorrelation`.
+
 The features that later tasks use are those before the head (section 4.2 of the paper).
 
 Chen, Kornblith, Norouzi, Hinton: A Simple Framework for Contrastive Learning of Visual
@@ -10,6 +13,7 @@ Representations, 2020.
 Chen, He: Exploring Simple Siamese Representation Learning, 2021.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,25 +34,20 @@ Augment = Callable[[PRNGKey, Array], Array]
 Embed = Callable[[Params, Array], Any]
 """`embed(params, images (n, ...)) -> (n, features)`."""
 
+Compare = Callable[[Array, Array], Array]
+"""`compare(z_a, z_b) -> values`, of two views' embeddings `(n, features)`: one value or many."""
 
-def simclr_loss(
-    embed: Embed,
-    augment: Augment,
-    *,
-    temperature: float,
-    axis_name: str | None = None,
-    block_size: int | None = None,
-) -> LossFn:
-    """The mean of `nt_xent` over two views of each image: algorithm 1 of Chen et al. 2020.
 
-    Both views of all images are embedded as one batch, and so is what batch norm sees.
+def two_view_loss(embed: Embed, augment: Augment, compare: Compare) -> LossFn:
+    """The mean of `compare` over the embeddings of two views of each image.
+
+    Both views of all images are embedded as one batch. So that a batch norm sees those of all
+    devices, as one device would, give it their `axis_name` too.
 
     Args:
       embed: the net and its projection head.
       augment: makes a view.
-      temperature: published: 0.5 for CIFAR-10.
-      axis_name: of the devices whose images are candidates too, as in `nt_xent`.
-      block_size: views that are compared at once, as in `nt_xent`.
+      compare: such as `functools.partial(vicreg, axis_name="tasks")`.
 
     Returns:
       A loss over batches of images `(n, ...)`. Its key may be one key, of which image `i` gets
@@ -60,13 +59,35 @@ def simclr_loss(
     def loss_fn(params: Params, batch: Batch, key: Key[Array, "..."]) -> tuple[Array, Metrics]:
         views = two_views(key, batch, augment)
         z = check_embeddings(embed(params, jnp.concatenate(views)), 2 * len(batch))
-        z_a, z_b = jnp.split(z, 2)
-        losses = nt_xent(
-            z_a, z_b, temperature=temperature, axis_name=axis_name, block_size=block_size
-        )
-        return losses.mean(), {"spread": spread(z)}
+        return compare(*jnp.split(z, 2)).mean(), {"spread": spread(z)}
 
     return loss_fn
+
+
+def simclr_loss(
+    embed: Embed,
+    augment: Augment,
+    *,
+    temperature: float,
+    axis_name: str | None = None,
+    block_size: int | None = None,
+) -> LossFn:
+    """The mean of `nt_xent` over two views of each image: algorithm 1 of Chen et al. 2020.
+
+    Args:
+      embed: the net and its projection head.
+      augment: makes a view.
+      temperature: published: 0.5 for CIFAR-10.
+      axis_name: of the devices whose images are candidates too, as in `nt_xent`.
+      block_size: views that are compared at once, as in `nt_xent`.
+
+    Returns:
+      A loss as that of `two_view_loss`.
+    """
+    compare = functools.partial(
+        nt_xent, temperature=temperature, axis_name=axis_name, block_size=block_size
+    )
+    return two_view_loss(embed, augment, compare)
 
 
 def two_views(

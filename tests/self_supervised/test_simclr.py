@@ -11,6 +11,7 @@ import pytest
 
 from metagen_jax.errors import UserError
 from metagen_jax.gradients import gradients, task_keys
+from metagen_jax.nets.mlp import MLP
 from metagen_jax.parallel import data_parallel
 from metagen_jax.self_supervised.byol import (
     BYOLParams,
@@ -20,7 +21,13 @@ from metagen_jax.self_supervised.byol import (
     move_target,
 )
 from metagen_jax.self_supervised.contrastive import nt_xent
-from metagen_jax.self_supervised.simclr import simclr_loss, spread, two_views
+from metagen_jax.self_supervised.decorrelation import vicreg
+from metagen_jax.self_supervised.simclr import (
+    simclr_loss,
+    spread,
+    two_view_loss,
+    two_views,
+)
 from metagen_jax.training import init_state, train_step
 
 KEY = jax.random.key(0)
@@ -68,6 +75,33 @@ def test_simclr_on_eight_devices_is_simclr_on_one(float64):
     actual, others = data_parallel(many, devices=jax.devices("cpu")[:8])(params, images, KEY)
     chex.assert_trees_all_close(actual, expected, atol=1e-12)
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-12)
+
+
+def test_batch_norm_sees_the_views_of_all_devices(float64):
+    params, images = example()
+    of_device, of_all = (MLP((6,), 4, batch_norm=True, axis_name=name) for name in (None, "tasks"))
+    params["head"] = jax.tree.map(jnp.float64, of_all.init(KEY, jnp.zeros((1, 4))))
+
+    def gradient(head, num_devices):
+        def project(params, images):
+            return head.apply(params["head"], embed(params, images))
+
+        loss_fn = simclr_loss(project, noise, temperature=0.5, axis_name="tasks")
+        devices = jax.devices("cpu")[:num_devices]
+        grads, metrics = data_parallel(gradients(loss_fn), devices=devices)(params, images, KEY)
+        return jax.device_get((grads, metrics["loss"]))
+
+    expected = gradient(of_all, 1)
+    chex.assert_trees_all_close(gradient(of_all, 8), expected, atol=1e-12)
+    # By the statistics of a device's own two images it is another loss.
+    assert abs(gradient(of_device, 8)[1] - expected[1]) > 1e-3
+
+
+def test_any_loss_of_pairs_compares_two_views():
+    params, images = example(dtype=np.float32)
+    loss, _ = two_view_loss(embed, noise, vicreg)(params, images, KEY)
+    z_a, z_b = (embed(params, view) for view in two_views(KEY, images, noise))
+    np.testing.assert_allclose(loss, vicreg(z_a, z_b), rtol=1e-5)
 
 
 def test_keys_may_be_given_for_each_image():
