@@ -39,10 +39,16 @@ LOSSES = {
         a, b, temperature=0.3, block_size=4, **options
     ),
     "info_nce": lambda a, b, labels, **options: info_nce(a, b, temperature=0.3, **options),
+    "info_nce, blocks": lambda a, b, labels, **options: info_nce(
+        a, b, temperature=0.3, block_size=2, **options
+    ),
     "supervised_contrastive": labelled,
     "supervised_contrastive, blocks": functools.partial(labelled, block_size=4),
     "sigmoid_pairs": lambda a, b, labels, **options: sigmoid_pairs(
         a, b, temperature=0.3, bias=-1.0, **options
+    ),
+    "sigmoid_pairs, blocks": lambda a, b, labels, **options: sigmoid_pairs(
+        a, b, temperature=0.3, bias=-1.0, block_size=2, **options
     ),
     "barlow_twins": lambda a, b, labels, **options: barlow_twins(a, b, **options),
     "vicreg": lambda a, b, labels, **options: vicreg(a, b, **options),
@@ -87,6 +93,36 @@ def test_nt_xent_on_devices_in_float32(method, num_devices):
         method=method,
     )
     chex.assert_trees_all_close(many(*arguments), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_eight_devices_have_the_loss_and_gradient_of_one_in_float32(name):
+    arguments = example(jnp.float32)
+    expected = jax.jit(gradient_of(name))(*arguments)
+    many = data_parallel(gradient_of(name, "tasks"), devices=jax.devices("cpu")[:8])
+    chex.assert_trees_all_close(many(*arguments), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_temporaries_of_the_ring_grow_with_the_block_and_not_with_the_square_of_the_batch():
+    def temporaries(num_examples, block_size):
+        """Of one of eight devices, for value and gradient."""
+
+        def loss_fn(scale, views, key):
+            z_a, z_b = (scale * view for view in views)
+            losses = nt_xent(z_a, z_b, temperature=0.5, axis_name="tasks", block_size=block_size)
+            return losses.mean(), {}
+
+        many = data_parallel(gradients(loss_fn), devices=jax.devices("cpu")[:8])
+        shape = jax.ShapeDtypeStruct((num_examples, 16), jnp.float32)
+        lowered = jax.jit(many).lower(jnp.float32(1), (shape, shape), jax.random.key(0))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    # A device's views by those of all.
+    scores = 4 * (2 * 2048 // 8) * (2 * 2048)
+    assert temporaries(2048, None) >= scores
+    assert temporaries(2048, 16) < scores / 4
+    assert temporaries(4096, 16) < 2.2 * temporaries(2048, 16)
 
 
 @pytest.mark.slow
