@@ -1,7 +1,8 @@
 """Random changes of one picture, each a pure function of a key, on the device.
 
 A batch is `jax.vmap` over keys and pictures. Bytes stay bytes: what is computed from them is
-rounded. Changes of colour are in `metagen_jax.data.colour_augment`.
+rounded. Changes of colour are in `metagen_jax.data.colour_augment`. dm-pix is not used: it lacks
+half of these, and what it has is a few lines each here, exact for bytes.
 
 DeVries, Taylor: Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
 Simard, Steinkraus, Platt: Best Practices for Convolutional Neural Networks Applied to Visual
