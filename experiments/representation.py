@@ -7,13 +7,14 @@
         --init-from runs/representation-omniglot-simclr     # MAML from what has been learned there
 
 Learns features by a self-supervised method and judges them frozen: characters by episodes of unseen
-characters, their quarter turns being classes of their own, by the nearest class mean and by
-logistic regression; "cifar10" by a linear probe and nearest neighbours, and not frozen by
-fine-tuning on 1, 10 and 100 % of the labels. Beside them stand the features of the same net as it
-is initialised, fine-tuned likewise, raw pixels, and the same net trained with labels for about as
-many multiplications. Writes to the run's folder: `result.json`, `learning_curve.png`,
-`neighbours.png`, `map.png`, of methods that compare views `views.png`, of those that draw
-`drawings.png`, the parameters of the net under `net/`, metrics, checkpoints.
+characters, their quarter turns being classes of their own, by the nearest class mean and, of
+several shots, by logistic regression; "cifar10" by a linear probe and nearest neighbours, and with
+`--fine-tuning`, as SimCLR's preset has it, not frozen by training on 1, 10 and 100 % of the labels.
+Beside them stand the features of the same net as it is initialised, fine-tuned likewise, raw
+pixels, and the same net trained with labels for about as many multiplications. Writes to the run's
+folder: `result.json`, `learning_curve.png`, `neighbours.png`, `map.png`, of methods that compare
+views `views.png`, of those that draw `drawings.png`, the parameters of the
+net under `net/`, metrics, checkpoints.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
 """
@@ -205,7 +206,13 @@ def raw_pixels(params: Params, images: Array, num_reference: int | None = None) 
     return images.reshape(len(images), -1)
 
 
-def run_seed(config: Config, splits: Splits) -> dict[str, Any]:
+def judge_pixels(config: Config, splits: Splits) -> dict[str, Any]:
+    """The numbers of raw pixels, the same for every seed."""
+    print("judging raw pixels")
+    return judge(config, raw_pixels, (), splits)[0]
+
+
+def run_seed(config: Config, splits: Splits, of_pixels: dict[str, Any]) -> dict[str, Any]:
     """Trains, judges, prints the table, draws the pictures; gives the numbers by name."""
     method = METHODS[config.method](config, splits.train.images)
     init_key, _ = jax.random.split(jax.random.key(config.seed))
@@ -213,7 +220,7 @@ def run_seed(config: Config, splits: Splits) -> dict[str, Any]:
     print(f"training by {config.method}")
     result = train(config, method, splits.train, start)
     params = result.best_params
-    _keep_net(config, method.net(params))
+    keep_net(config, method.net(params))
     print("training the same net with labels")
     of_labels = train_supervised(config, method, splits.train, start)
     seconds = round(result.train_seconds, 1), round(of_labels.train_seconds, 1)
@@ -222,16 +229,15 @@ def run_seed(config: Config, splits: Splits) -> dict[str, Any]:
         print(f"{name}: {num_images:,} images in {took:.0f} s")
     print("judging frozen features")
     before = fingerprint(params)
-    results, features = {}, {}
-    for name, of, some in (
-        ("raw pixels", raw_pixels, params),
-        ("random initialisation", method.features, start),
-        (config.method, method.features, params),
-        ("supervised", method.features, of_labels.best_params["method"]),
+    results, features = {"raw pixels": of_pixels}, {}
+    for name, some in (
+        ("random initialisation", start),
+        (config.method, params),
+        ("supervised", of_labels.best_params["method"]),
     ):
-        results[name], features[name] = judge(config, of, some, splits)
+        results[name], features[name] = judge(config, method.features, some, splits)
     program.require((fingerprint(params) == before, "judging features has changed the net"))
-    if not is_characters(config):
+    if config.fine_tuning:
         print("fine-tuning")
         for name, some in (("random initialisation", start), (config.method, params)):
             results[name] |= tune(config, method, some, splits)
@@ -249,7 +255,7 @@ def run_seed(config: Config, splits: Splits) -> dict[str, Any]:
     }
 
 
-def _keep_net(config: Config, net: Params) -> None:
+def keep_net(config: Config, net: Params) -> None:
     """For other programs, which then need not know what else the method has trained."""
     folder = config.run_dir / "net" / BEST
     if not saved_steps(folder):
@@ -265,7 +271,7 @@ def main(config: Config) -> dict[str, Any]:
     if is_characters(config):
         report.check_tasks(config, splits.test)
     if config.seeds == 1:
-        return run_seed(config, splits)
+        return run_seed(config, splits, judge_pixels(config, splits))
     runs = []
     for i in range(config.seeds):
         seed = config.seed + i
@@ -274,7 +280,8 @@ def main(config: Config) -> dict[str, Any]:
         file = one.run_dir / program.RESULT
         if not (config.resume and file.exists()):
             program.prepare_run_dir(one)
-            program.write_result(one.run_dir, run_seed(one, splits), {})
+            known = runs[0]["features"]["raw pixels"] if runs else judge_pixels(one, splits)
+            program.write_result(one.run_dir, run_seed(one, splits, known), {})
         runs.append(json.loads(file.read_text(encoding="utf-8")))
     features = report.over_seeds([run["features"] for run in runs])
     report.print_table(config, features)

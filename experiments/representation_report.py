@@ -121,11 +121,12 @@ def print_table(config: Config, results: Mapping[str, Mapping[str, Any]]) -> Non
     names = [name for name in longest if not name.endswith("_interval") and name != "collapse"]
     caption = (
         f"accuracy in %, mean over {config.num_test_tasks} episodes of {config.num_queries} "
-        "queries a class, of features of length 1"
+        "queries a class, of features of length 1; logistic regression of several shots only"
         if is_characters(config)
-        else f"accuracy in % on test images; {NUM_NEIGHBOURS} neighbours; of a whole net tuned on "
-        "shares of the labels"
+        else f"accuracy in % on test images; {NUM_NEIGHBOURS} neighbours"
     )
+    if config.fine_tuning:
+        caption += "; of a whole net tuned on shares of the labels"
     over = f"{config.seeds} seeds" if config.seeds > 1 else "episodes"
     if config.seeds > 1 or is_characters(config):
         caption += f"; ± 95 % interval over {over}"

@@ -159,9 +159,10 @@ def test_the_whole_net_is_tuned_on_each_share_of_the_labels(no_data, monkeypatch
 
 
 @pytest.mark.slow
-def test_seeds_are_runs_of_their_own_whose_means_are_given(tmp_path, no_data, monkeypatch):
+def test_seeds_are_runs_of_their_own_whose_means_are_given(tmp_path, no_data, monkeypatch, capsys):
     config = config_of("simclr", run_dir=tmp_path, seeds=2, seed=5)
     numbers = representation.main(config)
+    assert capsys.readouterr().out.count("judging raw pixels") == 1
     assert [run["images_seen"] for run in numbers["runs"]] == [16, 16]
     for kind in ("raw pixels", "simclr"):
         values = [run["features"][kind]["5_way_1_shot_class_mean"] for run in numbers["runs"]]
@@ -258,6 +259,7 @@ def test_every_method_of_every_preset_makes_sense_and_flags_win(preset, name):
     check(config)
     assert config.run_dir.name == f"representation-{preset}-{name}"
     assert (config.view_size == 24) == (preset == "cifar10" and name in ("simclr", "byol"))
+    assert config.fine_tuning == (preset == "cifar10" and name == "simclr")
     assert parse("--steps", "7").steps == 7
 
 
@@ -272,6 +274,7 @@ def test_settings_without_sense_are_refused():
         ({"seeds": 0}, "seeds is 0; give 1 or more"),
         ({"dataset": "cifar10"}, "norm is batch, .*; give --net resnet or --norm group"),
         ({"method": "mae", "view_size": 24}, "view_size is 24; .* none to mae"),
+        ({"fine_tuning": True}, "fine_tuning asks for classes with many labels"),
     ):
         with pytest.raises(UserError, match=message):
             check(replace(Config(), **changes))
