@@ -13,7 +13,7 @@ several shots, by logistic regression; "cifar10" by a linear probe and nearest n
 Beside them stand the features of the same net as it is initialised, fine-tuned likewise, raw
 pixels, and the same net trained with labels for about as many multiplications. Writes to the run's
 folder: `result.json`, `learning_curve.png`, `neighbours.png`, `map.png`, of methods that compare
-views `views.png`, of those that draw `drawings.png`, the parameters of the
+views `views.png`, of those that draw or see pairs of patches `drawings.png`, the parameters of the
 net under `net/`, metrics, checkpoints.
 
 Results, with command, machine, minutes and seeds, stand in experiments/README.md.
@@ -92,7 +92,8 @@ def with_classes(
         assert isinstance(outputs, jax.Array)
         return outputs
 
-    width = jax.eval_shape(method.features, params, _first(part)).shape[1]
+    of_one = functools.partial(method.features, num_reference=1)
+    width = jax.eval_shape(of_one, params, _first(part)).shape[1]
     head_key = jax.random.fold_in(jax.random.key(config.seed), 2)
     return logits, {"method": params, "classes": head.init(head_key, jnp.zeros((1, width)))}
 

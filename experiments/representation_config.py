@@ -9,6 +9,8 @@ from experiments import program
 MethodName = Literal[
     "simclr",
     "byol",
+    "barlow_twins",
+    "vicreg",
     "cpc",
     "context_prediction",
     "adjacent_patch",
@@ -17,6 +19,9 @@ MethodName = Literal[
     "mae",
     "colorization",
 ]
+
+TWO_VIEWS: tuple[MethodName, ...] = ("simclr", "byol", "barlow_twins", "vicreg")
+"""Those that compare two views of an image, whose net may be that of `experiments.few_shot`."""
 
 DatasetName = Literal["glyphs", "omniglot", "cifar10"]
 
@@ -34,11 +39,11 @@ class Config:
     """Folder of TFDS data sets; without it $TFDS_DATA_DIR, then TFDS's own default."""
 
     net: Literal["conv4", "resnet"] = "conv4"
-    """The four strided blocks of `experiments.few_shot`, which can start from them, or three stages
-    of residual blocks; "mae" has a transformer."""
+    """The four strided blocks of `experiments.few_shot`, which can start from them, or stages of
+    residual blocks, four for two views and three otherwise; "mae" has a transformer."""
     norm: Literal["batch", "group"] = "batch"
-    """Of the four blocks: by the current batch, and frozen features by images of training that are
-    always the same; or in groups, as the residual blocks have it."""
+    """Of the four blocks: by the current batch of all devices, and frozen features by images of
+    training that are always the same; or in groups, as the residual blocks have it."""
     num_filters: int = 64
     """Channels of the first layer."""
     num_hidden: int = 128
@@ -108,10 +113,12 @@ PRESETS = {
 # supervised net take as many multiplications as one of the method's.
 _BY_METHOD: dict[MethodName, dict[str, Any]] = {
     "byol": {"supervised_factor": 2.5},
+    "barlow_twins": {"num_hidden": 256, "num_projected": 256},
+    "vicreg": {"num_hidden": 256, "num_projected": 256},
     "cpc": {"net": "resnet", "num_filters": 16, "batch_size": 64, "supervised_factor": 1.0},
-    "context_prediction": {"net": "resnet", "num_filters": 32, "supervised_factor": 0.1},
-    "adjacent_patch": {"net": "resnet", "num_filters": 32, "supervised_factor": 0.1},
-    "adjacent_pixels": {"net": "resnet", "num_filters": 32, "supervised_factor": 0.05},
+    "context_prediction": {"net": "resnet", "num_filters": 32, "supervised_factor": 0.125},
+    "adjacent_patch": {"net": "resnet", "num_filters": 32, "supervised_factor": 0.125},
+    "adjacent_pixels": {"net": "resnet", "num_filters": 32, "supervised_factor": 0.0625},
     "inpainting": {
         "net": "resnet",
         "num_filters": 16,
@@ -137,6 +144,8 @@ _BY_METHOD: dict[MethodName, dict[str, Any]] = {
 _ON_CIFAR: dict[MethodName, dict[str, Any]] = {
     "simclr": {"steps": 3000, "view_size": 24, "fine_tuning": True},
     "byol": {"steps": 2200, "view_size": 24},
+    "barlow_twins": {"steps": 3000, "view_size": 24},
+    "vicreg": {"steps": 3000, "view_size": 24},
     "cpc": {"steps": 4000},
     "context_prediction": {"steps": 8000},
     "adjacent_patch": {"steps": 8000},
@@ -216,7 +225,7 @@ def check(config: Config) -> None:
             f"colorization asks for colours, and {config.dataset} has none; give --dataset cifar10",
         ),
         (
-            config.net == "resnet" or config.method in ("simclr", "byol", "mae"),
+            config.net == "resnet" or config.method in (*TWO_VIEWS, "mae"),
             f"{config.method} takes patches, or draws, and net is {config.net}; give --net resnet",
         ),
     )

@@ -28,13 +28,14 @@ class Method(NamedTuple):
       init: `(key, images) -> params`.
       grad_fn: over batches of images.
       features: `(params, images, num_reference=None) -> (n, features)`, what is kept for later
-        tasks; a norm by the batch takes its statistics from the first so many images.
+        tasks; a norm by the batch takes its statistics from the first so many images, without
+        which it goes by those of all devices, and works inside `data_parallel` alone.
       net: `params -> those of the net`.
       optimizer: makes the optimiser of the method's parameters from one of a net's.
       update_slow: see `metagen_jax.training.train_step`.
-      draw: `(params, images, key) -> rows of pictures (r, n, h, w, c)`, for methods that draw.
+      draw: `(params, images, key) -> rows of pictures (r, n, h2, w2, c)`, for methods that draw, or
+        see patches.
       rows: what each of these rows shows.
-      takes_views: whether it learns from views of images.
     """
 
     init: Callable[[PRNGKey, Array], Params]
@@ -45,14 +46,13 @@ class Method(NamedTuple):
     update_slow: Callable[[Params, Batch, PRNGKey], Params] | None = None
     draw: Callable[[Params, Array, PRNGKey], Array] | None = None
     rows: tuple[str, ...] = ()
-    takes_views: bool = False
 
 
-def encoder(config: Config, *, pooled: bool = True) -> nn.Module:
+def encoder(config: Config, *, num_stages: int = 3, pooled: bool = True) -> nn.Module:
     """The net whose features are learned; with four blocks that of `experiments.few_shot`."""
     if config.net == "conv4":
-        return Conv4(None, num_filters=config.num_filters, norm=config.norm)
-    sizes = tuple(factor * config.num_filters for factor in (1, 2, 4))
+        return Conv4(None, num_filters=config.num_filters, norm=config.norm, axis_name=AXIS)
+    sizes = tuple(2**stage * config.num_filters for stage in range(num_stages))
     return ResNet(None, num_filters=sizes, pooled=pooled)
 
 

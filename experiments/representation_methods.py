@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from experiments.representation_method import (
 from metagen_jax.gradients import gradients
 from metagen_jax.nets.mlp import MLP
 from metagen_jax.nets.row_context import RowContext
+from metagen_jax.self_supervised import decorrelation
 from metagen_jax.self_supervised.adjacent_patch import (
     adjacent_features_loss,
     adjacent_pixels_loss,
@@ -33,42 +35,44 @@ from metagen_jax.self_supervised.context_prediction import (
     DIRECTIONS,
     context_prediction_loss,
     drop_colours,
+    sample_patch_pairs,
 )
+from metagen_jax.self_supervised.contrastive import nt_xent
 from metagen_jax.self_supervised.cpc import cpc_loss, patch_grid
-from metagen_jax.self_supervised.simclr import Augment, simclr_loss
+from metagen_jax.self_supervised.simclr import Augment, Compare, two_view_loss
 from metagen_jax.types import Params, PRNGKey
 
 # Of CPC: the second row below is the first that shares no pixel with the context's own.
 PATCH_SIZE, STRIDE, FIRST_STEP, NUM_STEPS = 8, 4, 2, 3
+# Of residual nets that see whole views.
+VIEW_STAGES = 4
 
 
 def simclr(config: Config, images: np.ndarray) -> Method:
     """Two views of an image find each other."""
     del images
-    net, head = encoder(config), _head(config)
-    apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
-
-    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
-        return apply_net(params, prepare(config, images), num_reference)
-
-    loss_fn = simclr_loss(
-        lambda params, images: apply_head(params, features(params, images)),
-        view_of(config),
-        temperature=config.temperature,
-        axis_name=AXIS,
+    return _of_two_views(
+        config, functools.partial(nt_xent, temperature=config.temperature, axis_name=AXIS)
     )
-    return Method(
-        init=lambda key, images: init_chain(key, prepare(config, images), net=net, head=head),
-        grad_fn=gradients(loss_fn),
-        features=features,
-        takes_views=True,
-    )
+
+
+def barlow_twins(config: Config, images: np.ndarray) -> Method:
+    """Each feature of a view correlates with itself in the other one, and with no other."""
+    del images
+    return _of_two_views(config, functools.partial(decorrelation.barlow_twins, axis_name=AXIS))
+
+
+def vicreg(config: Config, images: np.ndarray) -> Method:
+    """Two views of an image agree, in features that vary and don't repeat."""
+    del images
+    return _of_two_views(config, functools.partial(decorrelation.vicreg, axis_name=AXIS))
 
 
 def byol(config: Config, images: np.ndarray) -> Method:
     """A view predicts how a slow average of the net sees the other one."""
     del images
-    net, head, predictor = encoder(config), _head(config), _head(config)
+    net = encoder(config, num_stages=VIEW_STAGES)
+    head, predictor = _head(config), _head(config)
     apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
 
     def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
@@ -94,7 +98,6 @@ def byol(config: Config, images: np.ndarray) -> Method:
         net=lambda params: params.online["net"],
         optimizer=byol_optimizer,
         update_slow=move_target(0.99),
-        takes_views=True,
     )
 
 
@@ -102,18 +105,12 @@ def context_prediction(config: Config, images: np.ndarray) -> Method:
     """Where one patch lies from another."""
     del images
     net, head = encoder(config), MLP((config.num_hidden,), len(DIRECTIONS))
-    apply_net = apply_to(net, "net")
-    loss_fn = context_prediction_loss(
-        apply_net,
-        apply_to(head, "head"),
-        **_places(config),
-        augment=_dropping(config),
-    )
-    return _of_patches(
-        loss_fn,
-        apply_net,
-        lambda key, z: init_chain(key, jnp.concatenate([z, z], 1), head=head),
+    seen = {**_places(config), "augment": _dropping(config)}
+    return _of_pairs(
+        context_prediction_loss(apply_to(net, "net"), apply_to(head, "head"), **seen),
         net,
+        lambda key, z: init_chain(key, jnp.concatenate([z, z], 1), head=head),
+        seen,
     )
 
 
@@ -123,6 +120,7 @@ def adjacent_patch(config: Config, images: np.ndarray) -> Method:
     net, head = encoder(config), MLP((config.num_hidden,), config.num_projected)
     predictor = MLP((config.num_hidden,), config.num_projected)
     apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
+    seen = {**_places(config), "augment": _dropping(config)}
 
     def init(key: PRNGKey, z: Array) -> dict[str, Params]:
         head_key, key = jax.random.split(key)
@@ -134,11 +132,10 @@ def adjacent_patch(config: Config, images: np.ndarray) -> Method:
         lambda params, patches: apply_head(params, apply_net(params, patches)),
         apply_to(predictor, "predictor"),
         temperature=config.temperature,
-        **_places(config),
-        augment=_dropping(config),
         axis_name=AXIS,
+        **seen,
     )
-    return _of_patches(loss_fn, apply_net, init, net)
+    return _of_pairs(loss_fn, net, init, seen)
 
 
 def adjacent_pixels(config: Config, images: np.ndarray) -> Method:
@@ -146,36 +143,28 @@ def adjacent_pixels(config: Config, images: np.ndarray) -> Method:
     places = {**_places(config), "gap": 0, "jitter": 0}
     net = encoder(config)
     predictor = MLP((config.num_hidden,), places["patch_size"] ** 2 * images.shape[-1])
-    apply_net = apply_to(net, "net")
 
     def init(key: PRNGKey, z: Array) -> dict[str, Params]:
         inputs = jnp.zeros((len(z), z.shape[1] + len(DIRECTIONS)))
         return init_chain(key, inputs, predictor=predictor)
 
-    loss_fn = adjacent_pixels_loss(apply_net, apply_to(predictor, "predictor"), **places)
-    return _of_patches(loss_fn, apply_net, init, net)
+    loss_fn = adjacent_pixels_loss(apply_to(net, "net"), apply_to(predictor, "predictor"), **places)
+    return _of_pairs(loss_fn, net, init, places)
 
 
 def cpc(config: Config, images: np.ndarray) -> Method:
-    """Patches further down are predicted from those above; features are the mean patch's."""
+    """Patches further down are predicted from those above."""
     del images
     net, context = encoder(config), RowContext(config.num_hidden)
     width = 4 * config.num_filters
     predictor = MLP((), NUM_STEPS * width)
-    apply_net, apply_predictor = apply_to(net, "net"), apply_to(predictor, "predictor")
-    grid = functools.partial(patch_grid, patch_size=PATCH_SIZE, stride=STRIDE)
+    apply_predictor = apply_to(predictor, "predictor")
 
     def init(key: PRNGKey, z: Array) -> dict[str, Params]:
         return init_chain(key, z[:, None, None], context=context, predictor=predictor)
 
-    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
-        del num_reference
-        patches = grid(centre(images))
-        z = apply_net(params, patches.reshape(-1, *patches.shape[3:]))
-        return z.reshape(len(images), -1, width).mean(1)
-
     loss_fn = cpc_loss(
-        apply_net,
+        apply_to(net, "net"),
         apply_to(context, "context"),
         lambda params, c: apply_predictor(params, c).reshape(len(c), NUM_STEPS, width),
         patch_size=PATCH_SIZE,
@@ -186,12 +175,30 @@ def cpc(config: Config, images: np.ndarray) -> Method:
         axis_name=AXIS,
         block_size=512,
     )
-    return _of_patches(loss_fn, apply_net, init, net)._replace(features=features)
+    return _of_patches(loss_fn, net, init, patch_size=PATCH_SIZE, stride=STRIDE)
+
+
+def _of_two_views(config: Config, compare: Compare) -> Method:
+    """A method that compares two views of an image."""
+    net, head = encoder(config, num_stages=VIEW_STAGES), _head(config)
+    apply_net, apply_head = apply_to(net, "net"), apply_to(head, "head")
+
+    def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
+        return apply_net(params, prepare(config, images), num_reference)
+
+    def project(params: Params, images: Array) -> Array:
+        return apply_head(params, features(params, images))
+
+    return Method(
+        init=lambda key, images: init_chain(key, prepare(config, images), net=net, head=head),
+        grad_fn=gradients(two_view_loss(project, view_of(config), compare)),
+        features=features,
+    )
 
 
 def _head(config: Config) -> MLP:
     """What follows the net where views are compared."""
-    return MLP((config.num_hidden,), config.num_projected, batch_norm=True)
+    return MLP((config.num_hidden,), config.num_projected, batch_norm=True, axis_name=AXIS)
 
 
 def _places(config: Config) -> dict[str, int]:
@@ -202,12 +209,30 @@ def _places(config: Config) -> dict[str, int]:
 
 
 def _dropping(config: Config) -> Augment | None:
-    """Of every second patch the colours are dropped, so that features still know of colours."""
+    """Of every second patch the colours are dropped, so that features still know of colours.
+
+    A lens' fringes then still tell the direction in every fourth pair: to close that shortcut all
+    colours must go, as published. `experiments.representation_shortcut` shows it.
+    """
     return None if is_characters(config) else functools.partial(drop_colours, probability=0.5)
 
 
-def _of_patches(loss_fn, apply_net, init_heads, net) -> Method:
-    """A method whose net sees patches in training and whole images later."""
+def _of_pairs(loss_fn, net, init_heads, seen: dict[str, Any]) -> Method:
+    """A method of pairs of patches, as `seen` says, which it also draws."""
+
+    def draw(params: Params, images: Array, key: PRNGKey) -> Array:
+        del params
+        pair = sample_patch_pairs(key, centre(images), **seen)
+        return jnp.stack([pair.centre, pair.neighbour]) / 2 + 0.5
+
+    # 16 patches of 28 or 32 pixels a side take as many multiplications as the whole picture.
+    size = seen["patch_size"]
+    method = _of_patches(loss_fn, net, init_heads, patch_size=size, stride=size + 1)
+    return method._replace(draw=draw, rows=("patch", "neighbour"))
+
+
+def _of_patches(loss_fn, net, init_heads, *, patch_size: int, stride: int) -> Method:
+    """A method whose net sees patches; the features of an image are the mean of its patches'."""
 
     def init(key: PRNGKey, images: Array) -> dict[str, Params]:
         net_key, key = jax.random.split(key)
@@ -215,7 +240,10 @@ def _of_patches(loss_fn, apply_net, init_heads, net) -> Method:
         return {"net": params, **init_heads(key, z)}
 
     def features(params: Params, images: Array, num_reference: int | None = None) -> Array:
-        return apply_net(params, centre(images), num_reference)
+        del num_reference
+        patches = patch_grid(centre(images), patch_size=patch_size, stride=stride)
+        z = net.apply(params["net"], patches.reshape(-1, *patches.shape[3:]))
+        return z.reshape(len(images), -1, z.shape[-1]).mean(1)
 
     return Method(
         init=init,
@@ -227,6 +255,8 @@ def _of_patches(loss_fn, apply_net, init_heads, net) -> Method:
 METHODS: dict[MethodName, Callable[[Config, np.ndarray], Method]] = {
     "simclr": simclr,
     "byol": byol,
+    "barlow_twins": barlow_twins,
+    "vicreg": vicreg,
     "cpc": cpc,
     "context_prediction": context_prediction,
     "adjacent_patch": adjacent_patch,

@@ -12,7 +12,7 @@ import rich.table
 import scipy.stats
 from jaxtyping import Array, Float
 
-from experiments.representation_config import Config
+from experiments.representation_config import TWO_VIEWS, Config
 from experiments.representation_data import Part, Splits, is_characters, make_views
 from experiments.representation_method import Method
 from metagen_jax.data.episodes import check_episodes, group_by_class, sample_episode
@@ -192,7 +192,7 @@ def draw(
         title=f"{what}: test images by two principal directions",
     )
     drawn = ["learning_curve.png", "neighbours.png", "map.png"]
-    if method.takes_views:
+    if config.method in TWO_VIEWS:
         views = np.asarray(make_views(config, jnp.asarray(images[some[:8]]), num_views=9))
         plot_image_grid(
             views, folder / "views.png", title=f"{config.dataset}: views of an image in each row"

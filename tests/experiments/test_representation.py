@@ -5,6 +5,7 @@ import types
 from dataclasses import replace
 from typing import get_args
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +24,7 @@ from experiments.few_shot_generation_models import learned_features
 from experiments.few_shot_learners import LEARNERS
 from experiments.representation_config import (
     PRESETS,
+    TWO_VIEWS,
     Config,
     MethodName,
     check,
@@ -33,7 +35,9 @@ from experiments.representation_methods import METHODS
 from experiments.representation_report import judge_by_few_shots, judge_by_probes, over_seeds
 from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
+from metagen_jax.nets.resnet import ResNet
 from metagen_jax.parallel import data_parallel
+from metagen_jax.self_supervised.cpc import patch_grid
 
 KEY = jax.random.key(0)
 METHOD_NAMES = get_args(MethodName)
@@ -84,7 +88,43 @@ def test_every_method_has_a_direction_and_features(name, dataset):
     assert set(jax.tree.leaves(method.net(params))) <= set(jax.tree.leaves(params))
     if method.draw is not None:
         drawn = jax.eval_shape(method.draw, params, images, KEY)
-        assert drawn.shape == (len(method.rows), *images.shape)
+        assert drawn.shape[:2] == (len(method.rows), 8)
+        assert drawn.shape[-1] == images.shape[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["simclr", "byol"])
+def test_batch_norm_of_net_and_head_goes_by_the_images_of_all_devices(name):
+    with jax.enable_x64(True):
+        images = jax.random.uniform(KEY, (16, 28, 28, 1))
+        method = METHODS[name](config_of(name), np.zeros((2, 28, 28, 1), np.uint8))
+        params = jax.tree.map(jnp.float64, jax.jit(method.init)(KEY, images[:2]))
+        one, eight = (
+            data_parallel(method.grad_fn, devices=jax.devices("cpu")[:num])(params, images, KEY)
+            for num in (1, 8)
+        )
+        # Its metric of a device's spread is another.
+        chex.assert_trees_all_close(eight[0], one[0], atol=1e-9)
+        np.testing.assert_allclose(eight[1]["loss"], one[1]["loss"], rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "stride"),
+    [("context_prediction", 7, 8), pytest.param("cpc", 8, 4, marks=pytest.mark.slow)],
+)
+def test_a_net_of_patches_never_sees_a_whole_image(name, size, stride):
+    config = config_of(name, dataset="cifar10")
+    method = METHODS[name](config, np.zeros(shape_of("cifar10"), np.uint8))
+    images = jax.random.uniform(KEY, (2, 32, 32, 3))
+    params = jax.jit(method.init)(KEY, images)
+    patches = patch_grid(2 * images - 1, patch_size=size, stride=stride)
+    apply = jax.jit(ResNet(None, (8, 16, 32)).apply)
+    expected = [
+        apply(method.net(params), of_image.reshape(-1, size, size, 3)).mean(0)
+        for of_image in patches
+    ]
+    features = jax.jit(method.features)(params, images)
+    np.testing.assert_allclose(features, jnp.stack(expected), atol=1e-5)
 
 
 def test_features_of_characters_depend_on_no_other_image_of_a_block(no_data):
@@ -258,7 +298,7 @@ def test_every_method_of_every_preset_makes_sense_and_flags_win(preset, name):
     config = parse()
     check(config)
     assert config.run_dir.name == f"representation-{preset}-{name}"
-    assert (config.view_size == 24) == (preset == "cifar10" and name in ("simclr", "byol"))
+    assert (config.view_size == 24) == (preset == "cifar10" and name in TWO_VIEWS)
     assert config.fine_tuning == (preset == "cifar10" and name == "simclr")
     assert parse("--steps", "7").steps == 7
 
