@@ -126,7 +126,10 @@ class Config:
     """Go on from the last checkpoint of the run's folder."""
     init_from: Path | None = None
     """Folder of a run of `experiments.representation`, whose net, with features learned without
-    labels, training starts from; and, with "cactus", whose features of images are clustered."""
+    labels, training starts from."""
+    features_from: Path | None = None
+    """Folder of such a run whose features of images "cactus" clusters; without it a net is trained
+    for them."""
     checkpoint: Path | None = None
     """Folder of an earlier run: its best parameters are tested on these data, ways and shots, and
     nothing is trained. The learner and the net must be those of that run; metric learners take
@@ -269,7 +272,11 @@ def with_learner(preset: Config, given: Config) -> Config:
         settings["steps"] = _OMNIGLOT_STEPS[given.learner]
     if shortened and preset.num_ways == 20:
         settings |= _AT_20_WAYS.get(given.learner, {})
-    kinds = {"started": given.init_from, "tested": given.checkpoint}
+    kinds = {
+        "featured": given.features_from,
+        "started": given.init_from,
+        "tested": given.checkpoint,
+    }
     ends = (*changed.values(), *(end for end, folder in kinds.items() if folder is not None))
     run_dir = preset.run_dir.with_name("-".join((preset.run_dir.name, *ends)))
     baselines = preset.baselines and not changed
@@ -361,6 +368,11 @@ def check(config: Config) -> None:
             config.labels != "umtra" or (config.train_shots or config.num_shots) == 1,
             f"train_shots is {config.train_shots or config.num_shots}; umtra knows one picture of "
             "each class: give train_shots 1",
+        ),
+        (
+            config.features_from is None or config.labels == "cactus",
+            f"features_from is given and labels is {config.labels}, which has no clusters; give "
+            "--labels cactus, or --init-from to start from that net",
         ),
         (
             min(config.num_test_tasks, config.num_validation_tasks) >= 2,

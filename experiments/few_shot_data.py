@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Num, PyTree
 
 from experiments.decoding import decoding
 from experiments.few_shot_config import Config
+from experiments.few_shot_start import check_learned
 from metagen_jax.data.augment import random_affine
 from metagen_jax.data.classes import ClassSplit, LabelledImages, split_classes
 from metagen_jax.data.colour_sets import load_cifar_fs, load_mini_imagenet
@@ -194,8 +195,10 @@ def embed(config: Config, images: Num[Array, "n h w c"]) -> Float[Array, "n feat
 
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
     params = net.init(init_key, normalise(images[:1]))
-    if config.init_from is not None:
-        return _in_blocks(config, features, load_params(config.init_from / "net", params), images)
+    if config.features_from is not None:
+        check_learned(config.features_from, config, "--features-from")
+        params = load_params(config.features_from / "net", params)
+        return _in_blocks(config, features, params, images)
     print("training by SimCLR a net, whose clusters of images stand for classes")
     grad_fn = gradients(simclr_loss(features, augmentation(images), temperature=0.2))
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, config.pretraining_steps))

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments import program
 from experiments.few_shot_config import Config
+from experiments.representation_config import TWO_VIEWS
 from metagen_jax.training import load_params
 from metagen_jax.types import Params
 
@@ -14,12 +15,8 @@ STARTED = ("maml", "fomaml", "anil", "boil", "imaml", "prototypical", "proto_mam
 
 
 def check_start(init_from: Path, config: Config) -> None:
-    """Raises a UserError if a run's net is another, or has learned from test characters."""
-    advice = "give the --run-dir of a run of experiments.representation as --init-from"
-    learned = program.read_settings(init_from, advice=advice)
-    needed = {"num_filters": config.num_filters, "norm": config.norm}
-    check_net(init_from, learned, needed, advice=advice)
-    check_split(init_from, learned, config.dataset, config.split, advice=advice)
+    """Raises a UserError if a learner can't start from the net of a run."""
+    check_learned(init_from, config, "--init-from")
     program.require(
         (
             config.strided,
@@ -31,6 +28,15 @@ def check_start(init_from: Path, config: Config) -> None:
             f"learner is {config.learner}; with init_from give one of {', '.join(STARTED)}",
         ),
     )
+
+
+def check_learned(folder: Path, config: Config, flag: str) -> None:
+    """Raises a UserError if a run's net is another, or has learned from test characters."""
+    advice = f"give the --run-dir of a run of experiments.representation as {flag}"
+    learned = program.read_settings(folder, advice=advice)
+    needed = {"num_filters": config.num_filters, "norm": config.norm}
+    check_net(folder, learned, needed, advice=advice)
+    check_split(folder, learned, config.dataset, config.split, advice=advice)
 
 
 def check_net(
@@ -47,9 +53,9 @@ def check_net(
             for name, here in needed.items()
         ),
         (
-            learned.get("net") == "conv4" and learned.get("method") in ("simclr", "byol"),
-            f"{folder} is of a run with another net than four blocks; {advice} by simclr or byol "
-            "with --net conv4",
+            learned.get("net") == "conv4" and learned.get("method") in TWO_VIEWS,
+            f"{folder} is of a run with another net than four blocks; {advice} by one of "
+            f"{', '.join(TWO_VIEWS)}, with --net conv4",
         ),
     )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import chex
 import jax
@@ -58,6 +59,7 @@ def test_ink_of_letters_is_high_and_colours_stay_as_they_are():
         ({"outer_rate": -1.0}, "outer_rate is -1.0; give more than 0"),
         ({"inner_rate": float("nan")}, "inner_rate is nan"),
         ({"dataset": "cifar_fs"}, "image_size is 28; cifar_fs has pictures of 32"),
+        ({"features_from": Path("x")}, "features_from is given and labels is true, which has no"),
     ],
 )
 def test_settings_that_would_fail_after_training_are_refused_before(settings, says):
@@ -276,6 +278,7 @@ def test_labels_bring_a_folder_of_their_own_and_umtra_knows_one_shot():
 
     config = parse("--preset", "omniglot-5w1s", "--learner", "prototypical", "--labels", "cactus")
     assert str(config.run_dir) == "runs/few_shot-omniglot-5w1s-prototypical-cactus"
+    assert parse("--features-from", "x").run_dir.name == "few_shot-glyphs-featured"
     assert config.train_ways == 20
     assert not config.baselines
     with pytest.raises(UserError, match="umtra knows one picture of each class"):

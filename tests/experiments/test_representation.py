@@ -13,6 +13,7 @@ import pytest
 
 from experiments import (
     few_shot_config,
+    few_shot_data,
     few_shot_generation_presets,
     few_shot_start,
     program,
@@ -35,6 +36,7 @@ from experiments.representation_methods import METHODS
 from experiments.representation_report import judge_by_few_shots, judge_by_probes, over_seeds
 from metagen_jax.data.classes import LabelledImages
 from metagen_jax.errors import UserError
+from metagen_jax.nets.conv4 import Conv4
 from metagen_jax.nets.resnet import ResNet
 from metagen_jax.parallel import data_parallel
 from metagen_jax.self_supervised.cpc import patch_grid
@@ -261,6 +263,36 @@ def test_few_shot_learning_starts_from_the_same_net_alone(tmp_path):
     program.prepare_run_dir(other)
     with pytest.raises(UserError, match="is of a run with another net than four blocks"):
         few_shot_start.check_start(other.run_dir, config)
+
+
+def test_features_of_a_run_are_clustered_and_tell_a_generator_what_a_class_is_like(tmp_path):
+    learned = config_of("vicreg", norm="group", run_dir=tmp_path / "learned")
+    program.prepare_run_dir(learned)
+    net = Conv4(None, learned.num_filters, norm="group")
+    params = jax.jit(net.init)(KEY, jnp.zeros((1, 28, 28, 1)))
+    representation.keep_net(learned, params)
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28, 1)).astype(np.uint8)
+    ink = 1 - images / np.float32(255)
+    expected = jax.jit(net.apply)(params, ink)
+    clustering = replace(
+        few_shot_config.PRESETS["smoke"],
+        labels="cactus",
+        norm="group",
+        features_from=learned.run_dir,
+        run_dir=tmp_path / "clustering",
+    )
+    few_shot_config.check(clustering)
+    features = few_shot_data.embed(clustering, jnp.asarray(images))
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    generating = replace(
+        few_shot_generation_presets.PRESETS["omniglot-lake"],
+        model="set_vae",
+        encoder_from=learned.run_dir,
+    )
+    of_generator = jax.jit(learned_features(generating, (28, 28, 1)))
+    np.testing.assert_allclose(of_generator(ink), expected, atol=1e-5)
+    with pytest.raises(UserError, match=r"norm group, here it is batch; .* as --features-from"):
+        few_shot_data.embed(replace(clustering, norm="batch"), jnp.asarray(images))
 
 
 def test_means_over_seeds_have_intervals_by_students_t():
