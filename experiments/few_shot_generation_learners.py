@@ -5,7 +5,7 @@ Training, checkpoints, validation and test are the same for all.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
