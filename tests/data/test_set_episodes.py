@@ -65,6 +65,7 @@ def test_it_is_a_function_of_the_key_alone():
         jax.tree.map(lambda a, b, i=i: np.testing.assert_array_equal(a, b[i]), alone, together)
 
 
+@pytest.mark.slow
 def test_grey_values_are_the_probabilities_of_ink():
     images = np.broadcast_to(np.array([0, 51, 255], np.uint8), (40, 2000, 3))
     data = group_by_class(images, np.zeros(40, int))

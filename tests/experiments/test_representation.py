@@ -114,6 +114,7 @@ def test_batch_norm_of_net_and_head_goes_by_the_images_of_all_devices(name):
     ("name", "size", "stride"),
     [("context_prediction", 7, 8), pytest.param("cpc", 8, 4, marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_a_net_of_patches_never_sees_a_whole_image(name, size, stride):
     config = config_of(name, dataset="cifar10")
     method = METHODS[name](config, np.zeros(shape_of("cifar10"), np.uint8))
@@ -265,6 +266,7 @@ def test_few_shot_learning_starts_from_the_same_net_alone(tmp_path):
         few_shot_start.check_start(other.run_dir, config)
 
 
+@pytest.mark.slow
 def test_features_of_a_run_are_clustered_and_tell_a_generator_what_a_class_is_like(tmp_path):
     learned = config_of("vicreg", norm="group", run_dir=tmp_path / "learned")
     program.prepare_run_dir(learned)

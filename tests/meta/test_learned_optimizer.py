@@ -163,6 +163,7 @@ def test_meta_gradient_equals_finite_differences():
     )
 
 
+@pytest.mark.slow
 def test_with_an_initialisation_it_is_trained_as_any_rule():
     def regression(params, batch, key):
         del key

@@ -67,6 +67,7 @@ def test_one_at_a_time_jit_and_vmap_over_weights_are_the_same():
     np.testing.assert_allclose(mapped[0], together[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_is_finite_with_its_gradient_in_float32_at_extremes():
     params, x = example()
     params = jax.tree.map(lambda p: jnp.float32(100) * p.astype(jnp.float32), params)

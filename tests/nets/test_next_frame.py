@@ -16,6 +16,7 @@ def example():
     return np.random.default_rng(0).normal(size=(1, 4, 8, 12, 1)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_an_untrained_net_copies_the_last_frame():
     frames = example()
     params = NET.init(jax.random.key(0), frames)
@@ -41,6 +42,7 @@ def test_what_is_changed_is_changed_where_it_is():
     np.testing.assert_array_equal(change, np.tile([[1, 2], [3, 4]], (4, 6)))
 
 
+@pytest.mark.slow
 def test_one_film_at_a_time_is_the_same():
     frames = np.concatenate([example(), 2 * example()])
     params = random_params(NET, frames)

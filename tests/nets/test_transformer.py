@@ -142,6 +142,7 @@ def test_the_next_token_is_predicted_from_those_before_it_in_its_document():
 
 
 @pytest.mark.parametrize("net", [CAUSAL, CAUSAL.clone(norm="post"), NEAR_CAUSAL])
+@pytest.mark.slow
 def test_one_token_at_a_time_gives_the_logits_of_all_at_once(net):
     params = random_params(net, TOKENS)
     tokens = np.random.default_rng(3).integers(0, 8, net.max_length)

@@ -46,6 +46,7 @@ def test_the_context_comes_with_the_gaussian_and_from_the_same_layers():
 
 
 @pytest.mark.parametrize("name", ["dense", "conv"])
+@pytest.mark.slow
 def test_standard_deviations_are_bounded_for_any_input(name):
     net = NETS[name]
     params = net.init(KEY, jnp.zeros((5, 6, 2)))

@@ -77,6 +77,7 @@ def test_simclr_on_eight_devices_is_simclr_on_one(float64):
     np.testing.assert_allclose(others["loss"], metrics["loss"], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_batch_norm_sees_the_views_of_all_devices(float64):
     params, images = example()
     of_device, of_all = (MLP((6,), 4, batch_norm=True, axis_name=name) for name in (None, "tasks"))
