@@ -76,7 +76,7 @@ class Config:
         return self.warm_up + self.length
 
 
-_OF_TFDS = Config(vocab_size=2000, steps=5000, validate_every=500)
+_OF_TFDS = Config(vocab_size=2000, steps=2500, validate_every=250)
 PRESETS = {
     "topics": Config(),
     "smoke": Config(
