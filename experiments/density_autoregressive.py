@@ -86,7 +86,7 @@ def made(config: Config, shape: Shape) -> Model:
 
 
 def pixelcnn(config: Config, shape: Shape) -> Model:
-    """The gated PixelCNN."""
+    """The gated PixelCNN, told the place of each pixel: few layers see few rows."""
     net = PixelCNN(
         num_outputs=num_pixel_params(config, shape[2]),
         features=config.num_filters,
@@ -94,10 +94,19 @@ def pixelcnn(config: Config, shape: Shape) -> Model:
         num_levels=256 if config.values == "levels" else 2,
     )
 
-    def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
-        return sample_pixelcnn(key, net, params, _draw(config, shape), image, known[..., 0])
+    where = places(*shape[:2])
 
-    return _of_pixels(config, shape, net, complete)
+    def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:
+        draw = _draw(config, shape)
+        return sample_pixelcnn(key, net, params, draw, image, known[..., 0], condition=where)
+
+    return _of_pixels(config, shape, net, complete, where)
+
+
+def places(height: int, width: int) -> Array:
+    """The row and the column of each pixel, each as a one-hot vector: `(h, w, h + w)`."""
+    rows, columns = jnp.indices((height, width))
+    return jnp.concatenate([jax.nn.one_hot(rows, height), jax.nn.one_hot(columns, width)], axis=-1)
 
 
 def pixelrnn(config: Config, shape: Shape) -> Model:
@@ -122,10 +131,17 @@ def _draw(config: Config, shape: Shape) -> Callable[[PRNGKey, Array], Array]:
     return lambda key, outputs: draw_pixel(config, key, outputs, shape[2])
 
 
-def _of_pixels(config: Config, shape: Shape, net, complete: Complete) -> Model:
+def _of_pixels(config: Config, shape: Shape, net, complete: Complete, *condition: Array) -> Model:
     """The model of a net whose outputs are by pixel."""
-    log_prob = autoregressive_log_prob(net.apply, functools.partial(pixel_log_prob, config))
-    return _model(config, shape, lambda key, images: net.init(key, images[0]), log_prob, complete)
+
+    def apply(params: Params, image: Array) -> Array:
+        return net.apply(params, image, *condition)
+
+    def init(key: PRNGKey, images: Array) -> Params:
+        return net.init(key, images[0], *condition)
+
+    log_prob = autoregressive_log_prob(apply, functools.partial(pixel_log_prob, config))
+    return _model(config, shape, init, log_prob, complete)
 
 
 def _model(

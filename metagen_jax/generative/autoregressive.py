@@ -228,7 +228,7 @@ def sample_pixelcnn(
     start: Num[AnyArray, "h w c"],
     keep: Bool[AnyArray, "h w"],
     *,
-    condition: Float[AnyArray, " d"] | None = None,
+    condition: Float[AnyArray, " d"] | Float[AnyArray, "h w d"] | None = None,
 ) -> Num[Array, "h w c"]:
     """`sample_in_order` of a `PixelCNN`, of which every activation is computed once.
 
@@ -242,7 +242,7 @@ def sample_pixelcnn(
       sample_pixel: draws one pixel's channels `(c,)` of its outputs `(num_outputs,)`.
       start: `(h, w, c)`, the given pixels, and anything elsewhere; its dtype is the sample's.
       keep: `(h, w)`, which ones are given.
-      condition: `(d,)`, if the net has one.
+      condition: `(d,)`, or `(h, w, d)`, if the net has one.
 
     Returns:
       The sample, `(h, w, c)`.
@@ -266,15 +266,19 @@ def sample_pixelcnn(
         return _pushed(left, [scale_levels(value, net.num_levels)[None], *seen]), value
 
     def draw_row(above: list[Array], row) -> tuple[list[Array], Array]:
+        condition, *pixels = row
         seen, told = apply("next_row", above, condition)
         left = [jnp.zeros_like(rows[:, 0]) for rows in above]
-        _, values = jax.lax.scan(draw_pixel, left, (told, *row))
+        _, values = jax.lax.scan(draw_pixel, left, (told, *pixels))
         return _pushed(above, [scale_levels(values, net.num_levels)[None], *seen]), values
 
     keys = task_keys(key, math.prod(keep.shape)).reshape(keep.shape)
-    _, width, channels = start.shape
+    height, width, channels = start.shape
+    if condition is not None and condition.ndim == 1:
+        condition = jnp.broadcast_to(condition, (height, 1, len(condition)))
     blank = net.blank_rows(width, channels, jnp.result_type(*jax.tree.leaves(params)))
-    _, values = jax.lax.scan(draw_row, blank, (keys, jnp.asarray(start), jnp.asarray(keep)))
+    rows = condition, keys, jnp.asarray(start), jnp.asarray(keep)
+    _, values = jax.lax.scan(draw_row, blank, rows)
     return values
 
 

@@ -47,21 +47,23 @@ class GatedLayer(nn.Module):
         self.skip = nn.Dense(self.features)
 
     def look_up(
-        self, rows: Float[Array, "*batch seen w c"], condition: Float[Array, "*batch d"] | None
+        self,
+        rows: Float[Array, "*batch seen w c"],
+        condition: Float[Array, "*batch #h #w d"] | None,
     ) -> tuple[Float[Array, "*batch h w f"], Float[Array, "*batch h w g"]]:
         """The vertical stack's rows, and what they tell the horizontal one.
 
         Args:
           rows: its inputs, with as many rows before those asked as the kernel reaches up.
-          condition: a vector, or None.
+          condition: a vector of each pixel asked, or of all in a row or image; or None.
         """
         sides = [(0, 0)] * (rows.ndim - 2) + [(self.reach, self.reach), (0, 0)]
         inner = self.vertical(jnp.pad(rows, sides))
         if condition is not None:
-            inner += self.vertical_condition(condition)[..., None, None, :]
+            inner += self.vertical_condition(condition)
         told = self.link(inner)
         if condition is not None:
-            told += self.horizontal_condition(condition)[..., None, None, :]
+            told += self.horizontal_condition(condition)
         return gate(inner), told
 
     def look_left(
@@ -83,8 +85,8 @@ class PixelCNN(nn.Module):
     """A gated PixelCNN: `p(x) = prod_i p(x_i | x_1, ..., x_{i-1})` over pixels, row by row.
 
     `y = tanh(W_f * x + V_f c) sigma(W_g * x + V_g c)` in each layer and stack, with a condition c:
-    equation 4 of van den Oord et al. 2016. Each layer of the horizontal stack adds to the one
-    before and, through a matrix of its own, to what the head sees.
+    equation 4 of van den Oord et al. 2016; or, of each pixel, their equation 5. Each layer of the
+    horizontal stack adds to the one before and, through a matrix of its own, to what the head sees.
 
     The mask is over pixels alone: outputs don't see any channel of their own pixel. Several
     channels are either independent given the pixels before, or depend on one another through the
@@ -131,13 +133,14 @@ class PixelCNN(nn.Module):
     def __call__(
         self,
         images: Real[AnyArray, "*batch h w c"] | Bool[AnyArray, "*batch h w c"],
-        condition: Float[AnyArray, "*batch d"] | None = None,
+        condition: Float[AnyArray, "*batch d"] | Float[AnyArray, "*batch h w d"] | None = None,
     ) -> Float[Array, "*batch h w outputs"]:
         """What each pixel's distribution given those before it is made of.
 
         Args:
           images: `(*batch, h, w, c)`, levels as they are stored.
-          condition: `(*batch, d)`, such as a one-hot class; always or never.
+          condition: `(*batch, d)`, such as a one-hot class, or `(*batch, h, w, d)`, a vector for
+            each pixel, such as its place; always or never.
 
         Returns:
           `(*batch, h, w, num_outputs)`.
@@ -146,7 +149,10 @@ class PixelCNN(nn.Module):
           UserError: for no layers, kernels of even size or less than 3, or fewer than two levels.
         """
         vertical = horizontal = scale_levels(images, self.num_levels)
-        condition = None if condition is None else jnp.asarray(condition)
+        if condition is not None:
+            condition = jnp.asarray(condition)
+            if condition.ndim < vertical.ndim:
+                condition = condition[..., None, None, :]
         skips = []
         for layer in self.layers:
             seen = {"reach": layer.kernel_size // 2, "current": not layer.first}
@@ -171,19 +177,20 @@ class PixelCNN(nn.Module):
         ]
 
     def next_row(
-        self, above: list[Array], condition: Float[Array, " d"] | None
+        self, above: list[Array], condition: Float[Array, "#w d"] | None
     ) -> tuple[list[Array], list[Float[Array, "w g"]]]:
         """The vertical stack's next row, for one image.
 
         Args:
           above: for each layer its inputs in the rows above, as many as its kernel reaches.
-          condition: as in a call.
+          condition: of each pixel of the row, or one of all; or None.
 
         Returns:
           The inputs in this row `(1, w, features)` of all layers but the first, whose inputs are
           the pixels; and what each layer tells the horizontal stack, `(w, 2 * features)`.
         """
         rows, told = [], []
+        condition = None if condition is None else condition[None]
         for layer, seen in zip(self.layers, above, strict=True):
             row, for_pixels = layer.look_up(jnp.concatenate([seen, *rows[-1:]]), condition)
             rows.append(row)

@@ -12,6 +12,7 @@ from metagen_jax.nets.pixelcnn import PixelCNN
 
 KEY = jax.random.key(0)
 CONDITION = np.array([0.3, -1.2, 0.7])
+OF_PIXELS = np.random.default_rng(1).normal(size=(4, 5, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,8 @@ def gated_layer(params, vertical, horizontal, condition, size, first):
     features = params["residual"]["kernel"].shape[1]
     ups, lefts, skips = (np.zeros((height, width, features)) for _ in range(3))
     for y, x in np.ndindex(height, width):
-        up = params["vertical"]["bias"] + condition @ params["vertical_condition"]["kernel"]
+        given = condition[y, x]
+        up = params["vertical"]["bias"] + given @ params["vertical_condition"]["kernel"]
         for i in range(-reach, 0 if first else 1):
             for j in range(-reach, reach + 1):
                 if y + i >= 0 and 0 <= x + j < width:
@@ -45,7 +47,7 @@ def gated_layer(params, vertical, horizontal, condition, size, first):
                         + vertical[y + i, x + j]
                         @ params["vertical"]["kernel"][i + reach, j + reach]
                     )
-        left = params["horizontal"]["bias"] + condition @ params["horizontal_condition"]["kernel"]
+        left = params["horizontal"]["bias"] + given @ params["horizontal_condition"]["kernel"]
         left = left + up @ params["link"]["kernel"]
         for j in range(-reach, 0 if first else 1):
             if x + j >= 0:
@@ -58,19 +60,21 @@ def gated_layer(params, vertical, horizontal, condition, size, first):
     return ups, lefts, skips
 
 
-def test_equals_the_published_equations_pixel_by_pixel():
+@pytest.mark.parametrize("condition", [CONDITION, OF_PIXELS], ids=["vector", "of each pixel"])
+def test_equals_the_published_equations_pixel_by_pixel(condition):
     net = PixelCNN(2, features=3, num_layers=3, num_levels=4, first_kernel_size=5)
     image = np.random.default_rng(0).integers(0, 4, size=(4, 5, 2))
-    params = random_params(net, image, CONDITION)
-    actual = jax.jit(net.apply)(params, image, CONDITION)
+    params = random_params(net, image, condition)
+    actual = jax.jit(net.apply)(params, image, condition)
 
     params = jax.tree.map(np.asarray, params["params"])
     vertical = horizontal = 2 * image / 3 - 1
+    condition = np.broadcast_to(condition, (4, 5, 3))
     total = 0
     for i, size in enumerate((5, 3, 3)):
         layer = params[f"layers_{i}"]
         vertical, horizontal, skips = gated_layer(
-            layer, vertical, horizontal, CONDITION, size, first=i == 0
+            layer, vertical, horizontal, condition, size, first=i == 0
         )
         total = total + skips
     hidden = np.maximum(total, 0) @ params["hidden"]["kernel"] + params["hidden"]["bias"]
