@@ -92,8 +92,8 @@ def pixelcnn(config: Config, shape: Shape) -> Model:
         features=config.num_filters,
         num_layers=config.num_layers,
         num_levels=256 if config.values == "levels" else 2,
+        kernel_size=config.kernel_size,
     )
-
     where = places(*shape[:2])
 
     def complete(params: Params, image: Array, known: Array, key: PRNGKey) -> Array:

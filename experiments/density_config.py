@@ -50,6 +50,8 @@ class Config:
     """Channels of the first convolution, or of each layer of a PixelCNN or PixelRNN."""
     num_layers: int = 7
     """Layers of a PixelCNN or PixelRNN, or of the flow of an `iaf_vae`'s posterior."""
+    kernel_size: int = 3
+    """Of the layers of a PixelCNN after the first, whose kernels are 7 by 7."""
     num_masks: int = 1
     """Sets of masks of a MADE, of which training takes one a step and the test the mean of all."""
     num_components: int = 5
@@ -122,7 +124,7 @@ _BY_MODEL: dict[ModelName, dict[str, Any]] = {
     "vae": {"batch_size": 20, "epsilon": 1e-4},
     "iwae": {"num_samples": 50, "test_samples": 5000, "batch_size": 20, "epsilon": 1e-4},
     "made": {"hidden_sizes": (8000,), "rate": 2e-4, "num_masks": 32, **_SLOW_SAMPLES},
-    "pixelcnn": {"num_layers": 5, "batch_size": 16, "rate": 2e-3},
+    "pixelcnn": {"num_layers": 5, "kernel_size": 5, "batch_size": 16, "rate": 2e-3},
     "row_lstm": {"num_filters": 16, "batch_size": 16, "rate": 2e-3, **_SLOW_SAMPLES},
     "diagonal_bilstm": {
         "num_filters": 16,

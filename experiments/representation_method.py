@@ -53,7 +53,7 @@ def encoder(config: Config, *, num_stages: int = 3, pooled: bool = True) -> nn.M
     if config.net == "conv4":
         return Conv4(None, num_filters=config.num_filters, norm=config.norm, axis_name=AXIS)
     sizes = tuple(2**stage * config.num_filters for stage in range(num_stages))
-    return ResNet(None, num_filters=sizes, pooled=pooled, conv=nn.Conv)
+    return ResNet(None, num_filters=sizes, pooled=pooled)
 
 
 def goes_by_batch(config: Config) -> bool:

@@ -1,13 +1,14 @@
 """A convolution that stays fast when its weights are batched by vmap, and its companions.
 
 `vmap` over per-task weights turns `lax.conv` into a grouped convolution, which runs many times
-slower than one matrix product a task. Here a convolution is a patch extraction followed by a
-matrix product, so that a batch of weights gives a batched matrix product.
+slower than one matrix product a task. Here a batch of weights gives a patch extraction followed by
+a batched matrix product; weights that all images share are left to XLA's own convolution, which
+never stores the patches, wherever that is the faster one.
 
 The derivatives of a convolution with respect to images and kernel are two more bilinear maps, and
 the derivatives of those are the three maps again. Each is a JAX primitive here, so that gradients
-of every order consist of these three alone; JAX's own transposes of the patch product transpose
-(and so copy) the patches from the second order on.
+of every order consist of these three alone, and each chooses by itself; JAX's own transposes of the
+patch product transpose (and so copy) the patches from the second order on.
 """
 
 import contextlib
@@ -125,8 +126,76 @@ def _kernel(images, outputs, *, shape: _Shape):
     return kernel.reshape(*shape.window, images.shape[-1], outputs.shape[-1])
 
 
-def _primitive(function):
-    """A JAX primitive that is computed, compiled and batched as `function` is."""
+def _outputs_by_xla(images, kernel, *, shape: _Shape):
+    """`_outputs`, of which XLA never stores the patches."""
+    if not _is_faster_by_xla(len(images), kernel, shape):
+        return _outputs(images, kernel, shape=shape)
+    return _correlate(images, kernel, strides=shape.strides, padding=_sides(shape))
+
+
+def _images_by_xla(outputs, kernel, *, shape: _Shape):
+    """`_images` likewise: outputs with the kernel turned around."""
+    # Outputs that lie apart, or images of one channel, take it up to ten times as long.
+    apart, few = shape.strides != (1, 1), kernel.shape[2] < 8
+    if apart or few or not _is_faster_by_xla(len(outputs), kernel, shape):
+        return _images(outputs, kernel, shape=shape)
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    padding = [
+        (window - 1 - before, window - 1 - after)
+        for window, (before, after) in zip(shape.window, _sides(shape), strict=True)
+    ]
+    return _correlate(outputs, turned, padding=padding)
+
+
+def _kernel_by_xla(images, outputs, *, shape: _Shape):
+    """`_kernel` likewise: each channel of all images with the outputs of all for a kernel."""
+    size = (*shape.window, images.shape[-1], outputs.shape[-1])
+    asked = jax.ShapeDtypeStruct(size, images.dtype)
+    if images.shape[-1] < 8 or not _is_faster_by_xla(len(images), asked, shape):
+        return _kernel(images, outputs, shape=shape)
+    padding = [
+        (before, (places - 1) * stride + window - size - before)
+        for size, window, stride, places, (before, _) in zip(
+            shape.size, shape.window, shape.strides, outputs.shape[1:3], _sides(shape), strict=True
+        )
+    ]
+    by_channel, as_kernel = images.transpose(3, 1, 2, 0), outputs.transpose(1, 2, 0, 3)
+    kernel = _correlate(by_channel, as_kernel, dilation=shape.strides, padding=padding)
+    return kernel.transpose(1, 2, 0, 3)
+
+
+def _correlate(images, kernel, *, strides=(1, 1), dilation=(1, 1), padding):
+    """XLA's convolution, in the one layout in which it is fast on a CPU inside of a loop too."""
+    return jax.lax.conv_general_dilated(
+        images,
+        kernel,
+        strides,
+        padding,
+        rhs_dilation=dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def _sides(shape: _Shape) -> list[tuple[int, int]]:
+    """Zeros before and after the rows, and the columns."""
+    if shape.padding == "VALID":
+        return [(0, 0), (0, 0)]
+    return list(map(same_padding, shape.size, shape.window, shape.strides))
+
+
+def _is_faster_by_xla(num_images: int, kernel, shape: _Shape) -> bool:
+    """Whether XLA's convolution is the faster one: where patches overlap much, or leave the caches.
+
+    On a CPU it is a slow one for float64.
+    """
+    if shape.matmul_dtype is not None or kernel.dtype != jnp.float32:
+        return False
+    num_patches = num_images * math.prod(shape.size) // math.prod(shape.strides)
+    return shape.strides == (1, 1) or num_patches * math.prod(kernel.shape[:3]) > 4_000_000
+
+
+def _primitive(function, by_xla):
+    """A JAX primitive that is batched as `function` is, and otherwise computed as `by_xla`."""
 
     def trace(*operands, **settings):
         return jax.make_jaxpr(functools.partial(function, **settings))(*operands).out_avals[0]
@@ -142,14 +211,16 @@ def _primitive(function):
         return jax.vmap(functools.partial(function, **settings), axes)(*operands), 0
 
     primitive = Primitive(f"convolution{function.__name__}")
-    primitive.def_impl(jax.jit(function, static_argnames="shape"))
+    primitive.def_impl(jax.jit(by_xla, static_argnames="shape"))
     primitive.def_abstract_eval(trace)
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(by_xla, multiple_results=False))
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-_outputs_p, _images_p, _kernel_p = map(_primitive, (_outputs, _images, _kernel))
+_outputs_p = _primitive(_outputs, _outputs_by_xla)
+_images_p = _primitive(_images, _images_by_xla)
+_kernel_p = _primitive(_kernel, _kernel_by_xla)
 # The transposes with respect to the first and to the second operand.
 ad.defbilinear(
     _outputs_p,
@@ -176,7 +247,7 @@ def convolve(
     padding: Padding = "SAME",
     matmul_dtype: DTypeLike | None = None,
 ) -> Float[Array, "n h2 w2 f"]:
-    """The convolution of `flax.linen.Conv`, as patches times a matrix.
+    """The convolution of `flax.linen.Conv`, fast for a kernel of each task as well.
 
     `out[n, y, x, f] = sum_{i, j, c} padded[n, s y + i, s x + j, c] kernel[i, j, c, f]`
 

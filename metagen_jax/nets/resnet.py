@@ -1,7 +1,5 @@
 """A small residual net for pictures of 28 to 64 pixels a side."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
@@ -32,8 +30,6 @@ class ResNet(nn.Module):
       pooled: take the mean over positions; without it there are outputs for each position.
       axis_name: of the devices whose images are of the batch too, as in
         `metagen_jax.nets.conv4.BatchNorm`.
-      conv: makes a convolution. `flax.linen.Conv` has the same parameters and is faster on a CPU
-        for large maps, but many times slower where `vmap` gives each task weights of its own.
     """
 
     num_outputs: int | None
@@ -42,7 +38,6 @@ class ResNet(nn.Module):
     norm: Norm = "group"
     pooled: bool = True
     axis_name: str | None = None
-    conv: Callable[..., nn.Module] = Conv
 
     @nn.compact
     def __call__(
@@ -71,7 +66,7 @@ class ResNet(nn.Module):
 
         def convolve(x, filters: int, name: str, *, size: int = 3, stride: int = 1):
             return normalise(
-                self.conv(filters, (size, size), (stride, stride), use_bias=False, name=name)(x),
+                Conv(filters, (size, size), (stride, stride), use_bias=False, name=name)(x),
                 self.norm,
                 num_reference=num_reference,
                 name=f"{name}_norm",

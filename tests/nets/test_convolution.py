@@ -132,6 +132,41 @@ def test_in_float32_it_equals_flax_to_rounding():
     assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "window", "strides", "padding", "num_by_xla"),
+    [
+        ((3, 7, 8, 8), (3, 3), (1, 1), "SAME", 3),
+        ((3, 7, 8, 8), (4, 1), (1, 1), "SAME", 3),
+        ((3, 7, 8, 8), (2, 3), (1, 1), "VALID", 3),
+        ((3, 7, 8, 1), (3, 3), (1, 1), "SAME", 1),
+        ((3, 7, 8, 8), (3, 3), (2, 2), "SAME", 0),
+        # Large enough that patches leave the caches.
+        ((7, 90, 91, 32), (3, 3), (2, 2), "SAME", 2),
+        ((8, 90, 91, 32), (3, 4), (3, 2), "VALID", 2),
+    ],
+)
+def test_in_float32_xla_s_convolution_gives_the_numbers_of_patches(
+    shape, window, strides, padding, num_by_xla
+):
+    options = {"strides": strides, "padding": padding}
+    images, kernel = random(*shape), random(*window, shape[-1], 8, seed=1)
+    expected, pull = jax.vjp(functools.partial(convolve, **options), images, kernel)
+    cotangent = random(*expected.shape, seed=2)
+
+    @jax.jit
+    def actual(images, kernel, cotangent):
+        outputs, pull = jax.vjp(functools.partial(convolve, **options), images, kernel)
+        return outputs, *pull(cotangent)
+
+    single = [x.astype(np.float32) for x in (images, kernel, cotangent)]
+    lowered = actual.lower(*single)
+    assert lowered.as_text().count("stablehlo.convolution") == num_by_xla
+    results = lowered.compile()(*single)
+    for result, exact in zip(results, (expected, *pull(cotangent)), strict=True):
+        assert result.dtype == jnp.float32
+        assert_close(result, exact, rtol=0, atol=2e-6 * jnp.abs(exact).max())
+
+
 def test_vmap_over_kernels_equals_a_loop_and_needs_no_grouped_convolution():
     images, kernels = random(3, 2, 5, 6, 2), random(3, 3, 3, 2, 4, seed=1)
 
