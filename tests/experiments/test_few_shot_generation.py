@@ -65,19 +65,14 @@ def pictures(num_classes=4, size=8, seed=0):
         pytest.param("meta_curvature", "vae", marks=pytest.mark.slow),
         ("maml", "pixelcnn"),
         *(
-            pytest.param("maml", model, marks=pytest.mark.slow)
-            for model in ("conv_vae", "flow_matching")
-        ),
-        *(
             pytest.param(*pair, marks=pytest.mark.slow)
             for pair in (
+                ("maml", "conv_vae"),
+                ("maml", "flow_matching"),
                 ("fomaml", "flow"),
-                ("reptile", "flow"),
-                ("meta_sgd", "flow_matching"),
             )
         ),
         ("pretrained", "pixelcnn"),
-        pytest.param("pretrained", "flow", marks=pytest.mark.slow),
         ("reptile", "gan"),
         ("amortised", "set_vae"),
         ("amortised", "attention_pixelcnn"),

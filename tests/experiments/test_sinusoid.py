@@ -162,10 +162,16 @@ def test_tasks_that_the_devices_do_not_divide_are_a_user_error(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_tenth_of_the_training_already_adapts_where_a_pretrained_network_cannot(tmp_path):
-    config = dataclasses.replace(sinusoid.PRESETS["default"], steps=10_000, run_dir=tmp_path)
+def test_a_short_training_already_adapts_where_a_pretrained_network_cannot(tmp_path):
+    config = dataclasses.replace(
+        sinusoid.PRESETS["default"],
+        steps=4000,
+        outer_rate=3e-3,
+        num_devices=1,
+        run_dir=tmp_path,
+    )
     numbers = sinusoid.main(config)
-    # Seed 0 gave 0.956 ± 0.033 and 0.473 ± 0.022, the whole training 0.657 and 0.231.
+    # Seed 0 gave 0.969 ± 0.033 and 0.516 ± 0.022, the whole training 0.657 and 0.231.
     for step, bound in ((1, 1.2), (10, 0.6)):
         mean, interval = (numbers[f"maml_{what}_after_{step}"] for what in ("mse", "interval"))
         assert mean + interval < bound

@@ -135,11 +135,12 @@ def test_in_float32_it_equals_flax_to_rounding():
 @pytest.mark.parametrize(
     ("shape", "window", "strides", "padding", "num_by_xla"),
     [
-        ((3, 7, 8, 8), (3, 3), (1, 1), "SAME", 3),
-        ((3, 7, 8, 8), (4, 1), (1, 1), "SAME", 3),
-        ((3, 7, 8, 8), (2, 3), (1, 1), "VALID", 3),
-        ((3, 7, 8, 1), (3, 3), (1, 1), "SAME", 1),
-        ((3, 7, 8, 8), (3, 3), (2, 2), "SAME", 0),
+        ((3, 7, 8, 16), (3, 3), (1, 1), "SAME", 3),
+        ((3, 7, 8, 16), (4, 1), (1, 1), "SAME", 3),
+        ((3, 7, 8, 16), (2, 3), (1, 1), "VALID", 3),
+        ((3, 7, 8, 8), (3, 3), (1, 1), "SAME", 0),
+        ((3, 5, 8, 16), (3, 3), (1, 1), "SAME", 0),
+        ((3, 7, 8, 16), (3, 3), (2, 2), "SAME", 0),
         # Large enough that patches leave the caches.
         ((7, 90, 91, 32), (3, 3), (2, 2), "SAME", 2),
         ((8, 90, 91, 32), (3, 4), (3, 2), "VALID", 2),
@@ -149,7 +150,7 @@ def test_in_float32_xla_s_convolution_gives_the_numbers_of_patches(
     shape, window, strides, padding, num_by_xla
 ):
     options = {"strides": strides, "padding": padding}
-    images, kernel = random(*shape), random(*window, shape[-1], 8, seed=1)
+    images, kernel = random(*shape), random(*window, shape[-1], 16, seed=1)
     expected, pull = jax.vjp(functools.partial(convolve, **options), images, kernel)
     cotangent = random(*expected.shape, seed=2)
 
