@@ -94,6 +94,7 @@ def test_second_order_maml_equals_one_device_in_float64(method, num_devices):
 
 
 @pytest.mark.parametrize("method", ["shard_map", "pmap"])
+@pytest.mark.slow
 def test_under_jit_a_noisy_second_order_maml_equals_one_device_in_float32(method):
     g = mean_over_tasks(second_order_maml(noisy_regression), chunk=1)
     g = jax.jit(data_parallel(g, devices=cpus(8), method=method))

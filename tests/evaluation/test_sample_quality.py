@@ -130,6 +130,7 @@ def test_precision_without_recall_where_only_one_of_two_modes_is_generated():
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 512])
+@pytest.mark.slow
 def test_nearest_neighbours_equal_a_sort_of_all_distances(chunk):
     queries, references = features(9, 5, seed=1), features(20, 5)
     found, indices = nearest_neighbours(queries, references, num_neighbours=4, chunk=chunk)

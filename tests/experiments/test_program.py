@@ -379,6 +379,7 @@ def test_an_interrupted_run_says_so_without_a_traceback(capsys):
         ([], {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}, 5),
     ],
 )
+@pytest.mark.slow
 def test_a_fresh_process_has_the_cpu_devices_asked_for_or_one_a_core(flags, environment, count):
     code = f"""
 import sys

@@ -308,6 +308,7 @@ def test_a_batch_over_devices_or_tasks_is_the_same_as_on_one(float64):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("size", [0.0, 1e4])
+@pytest.mark.slow
 def test_finite_at_extreme_scores_in_float32(name, size):
     params, batch = jax.tree.map(lambda x: x.astype(jnp.float32), example())
     batch["label"] = batch["label"].astype(jnp.int32)

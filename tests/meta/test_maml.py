@@ -120,6 +120,7 @@ def test_first_order_lacks_exactly_the_hessian_term():
 
 
 @pytest.mark.parametrize("gradient", ["reverse", "mixed"])
+@pytest.mark.slow
 def test_maml_of_maml_equals_nested_plain_code(gradient):
     params, tasks = example(4)
     a, b = (jax.tree.map(lambda x, i=i: x[2 * i : 2 * i + 2], tasks) for i in (0, 1))

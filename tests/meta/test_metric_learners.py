@@ -129,6 +129,7 @@ def test_inductive_answers_come_from_the_support_set_s_statistics_alone(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_classes_at_test_may_be_fewer_or_more_than_in_training(method):
     make_loss, make_predict, options, classifier = METHODS[method]
     loss_fn = jax.jit(make_loss(normalised, num_ways=7, **options))

@@ -171,6 +171,7 @@ def test_probabilities_of_all_images_add_up_to_one(present):
     assert np.exp(log_probs).sum() == pytest.approx(1, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_order_does_not_matter_and_absent_images_are_not_there():
     given, image, weights = images(3, seed=1), images(1)[0], params()
     there = apply(weights, image, given, np.ones(3, bool))

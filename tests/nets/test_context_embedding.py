@@ -154,6 +154,7 @@ def test_jit_and_vmap_change_nothing():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.slow
 def test_is_finite_with_its_gradient_and_of_the_inputs_type_at_extremes(dtype):
     params = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), parameters())
 

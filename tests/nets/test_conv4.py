@@ -123,6 +123,7 @@ def test_batch_norm_equals_numpy_in_value_and_gradient(num_reference):
         chex.assert_trees_all_close(grads, numerical, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_batch_norm_of_devices_is_that_of_their_whole_batch():
     with jax.enable_x64(True):
         x, weights = (random(8, 3, 5, seed=seed, dtype=np.float64) for seed in (0, 1))

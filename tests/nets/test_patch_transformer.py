@@ -90,6 +90,7 @@ def test_what_is_not_shown_changes_nothing_and_what_is_shown_everything(params):
         np.testing.assert_array_equal(reached, expected)
 
 
+@pytest.mark.slow
 def test_the_order_of_what_is_shown_changes_nothing_but_its_place_does(params):
     apply = jax.jit(NET.apply)
     patches = apply(params, IMAGES, SHOWN)

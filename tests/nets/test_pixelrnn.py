@@ -155,6 +155,7 @@ def test_every_parameter_counts(recurrence):
 
 
 @pytest.mark.parametrize("recurrence", LAYERS)
+@pytest.mark.slow
 def test_is_finite_with_its_gradient_in_float32_at_extremes(recurrence):
     net = PixelRNN(1, recurrence, features=2, num_layers=2)
     image = np.float32(np.random.default_rng(0).normal(size=(5, 5, 1)))

@@ -85,6 +85,7 @@ def test_every_kernel_of_a_net_gets_the_norm_one_and_nothing_else_changes():
     assert np.isfinite(net.apply(normalised, images)).all()
 
 
+@pytest.mark.slow
 def test_vectors_follow_their_kernels_and_no_gradient_moves_them():
     net, x = MLP((4,), 3), jnp.ones((2, 5))
     variables = add_spectral_vectors(KEY, net.init(KEY, x))
@@ -103,6 +104,7 @@ def test_vectors_follow_their_kernels_and_no_gradient_moves_them():
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-15, 1e15])
+@pytest.mark.slow
 def test_finite_for_kernels_of_zeros_tiny_or_huge_in_float32(size):
     kernel, vector = (jnp.float32(x) for x in example(3, 4))
     value, slope = jax.value_and_grad(spectral_norm)(size * kernel, vector)

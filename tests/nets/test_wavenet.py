@@ -86,6 +86,7 @@ def test_an_output_depends_on_the_samples_before_it_within_the_receptive_field(n
 
 @pytest.mark.parametrize("net", [SMALL, WIDE])
 @pytest.mark.parametrize("condition", [None, CONDITION])
+@pytest.mark.slow
 def test_one_sample_at_a_time_gives_the_outputs_of_a_call(net, condition):
     """Longer than the receptive field, so that every row of the cache is used again."""
     codes = codes_of(net, 30)

@@ -106,6 +106,7 @@ def test_the_field_is_each_players_gradient_of_its_own_loss_at_the_same_holes():
         chex.assert_trees_all_close(many(params, images, KEY)[0], field, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_penalty_is_of_images_filled_and_whole():
     with jax.enable_x64(True):
         params, images = example()

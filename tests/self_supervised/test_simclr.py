@@ -179,6 +179,7 @@ def nuisance(key, image):
 
 
 @pytest.mark.parametrize("method", ["simclr", "byol"])
+@pytest.mark.slow
 def test_they_learn_what_stays_the_same(method):
     """The share of a linear embedding's weights that sees the signal: by chance 2 of 8."""
     images = signal_and_nuisance(KEY)
