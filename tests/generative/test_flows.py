@@ -87,6 +87,7 @@ def params_of(flow, shape, num_condition=None, **options):
 
 @pytest.mark.parametrize("num_condition", [None, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", VECTORS)
+@pytest.mark.slow
 def test_densities_in_two_dimensions_integrate_to_one(name, num_condition):
     flow = VECTORS[name]
     # Nets of moderate scales, of whose density next to nothing is outside of the grid.

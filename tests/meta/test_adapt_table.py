@@ -95,6 +95,7 @@ def measure(optimizer):
 
 
 @pytest.mark.parametrize("name", table())
+@pytest.mark.slow
 def test_the_table_says_what_is_measured(name):
     *expected, remedy = table()[name]
     if expected[0] == "error":

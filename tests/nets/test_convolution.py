@@ -142,8 +142,8 @@ def test_in_float32_it_equals_flax_to_rounding():
         ((3, 5, 8, 16), (3, 3), (1, 1), "SAME", 0),
         ((3, 7, 8, 16), (3, 3), (2, 2), "SAME", 0),
         # Large enough that patches leave the caches.
-        ((7, 90, 91, 32), (3, 3), (2, 2), "SAME", 2),
-        ((8, 90, 91, 32), (3, 4), (3, 2), "VALID", 2),
+        pytest.param((7, 90, 91, 32), (3, 3), (2, 2), "SAME", 2, marks=pytest.mark.slow),
+        pytest.param((8, 90, 91, 32), (3, 4), (3, 2), "VALID", 2, marks=pytest.mark.slow),
     ],
 )
 def test_in_float32_xla_s_convolution_gives_the_numbers_of_patches(

@@ -36,6 +36,7 @@ def example(*shape):
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (7, 3), (3, 3, 2, 5), (4, 1)])
+@pytest.mark.slow
 def test_power_iteration_finds_the_largest_singular_value_from_below(float64, shape):
     kernel, vector = example(*shape)
     matrix = np.asarray(kernel).reshape(-1, shape[-1]).T

@@ -85,6 +85,7 @@ def by_loop(net, params, tokens, types):
 
 
 @pytest.mark.parametrize("net", [PRE, POST, CAUSAL, NEAR, NEAR.clone(num_heads=6), NEAR_CAUSAL])
+@pytest.mark.slow
 def test_documents_packed_into_rows_have_the_logits_of_a_loop_over_each_alone(net):
     params = random_params(net, TOKENS)
     logits = jax.jit(net.apply)(params, TOKENS, DOCUMENTS, TYPES)
