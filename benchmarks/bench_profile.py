@@ -27,6 +27,7 @@ from benchmarks.work import count_flops, outer_step
 # The first pattern that an operation's name and origin match says what it is.
 PARTS = {
     "matrix products": r"dot_general|^dot",
+    "XLA's convolutions": r"conv_general_dilated",
     "patches turned for the kernel's gradient": r"^\S*copy\S* .*conv\d/concatenate",
     "patches": r"conv\d/(concatenate|slice|pad)",
     "transposes of patches": r"conv\d/(add_any|transpose)",

@@ -100,7 +100,7 @@ def pixelcnn(config: Config, shape: Shape) -> Model:
         draw = _draw(config, shape)
         return sample_pixelcnn(key, net, params, draw, image, known[..., 0], condition=where)
 
-    return _of_pixels(config, shape, net, complete, where)
+    return _of_pixels(config, shape, net, complete, condition=where)
 
 
 def places(height: int, width: int) -> Array:
@@ -131,14 +131,16 @@ def _draw(config: Config, shape: Shape) -> Callable[[PRNGKey, Array], Array]:
     return lambda key, outputs: draw_pixel(config, key, outputs, shape[2])
 
 
-def _of_pixels(config: Config, shape: Shape, net, complete: Complete, *condition: Array) -> Model:
-    """The model of a net whose outputs are by pixel."""
+def _of_pixels(
+    config: Config, shape: Shape, net, complete: Complete, *, condition: Array | None = None
+) -> Model:
+    """The model of a net whose outputs are by pixel, given a condition if it takes one."""
 
     def apply(params: Params, image: Array) -> Array:
-        return net.apply(params, image, *condition)
+        return net.apply(params, image, condition)
 
     def init(key: PRNGKey, images: Array) -> Params:
-        return net.init(key, images[0], *condition)
+        return net.init(key, images[0], condition)
 
     log_prob = autoregressive_log_prob(apply, functools.partial(pixel_log_prob, config))
     return _model(config, shape, init, log_prob, complete)

@@ -215,6 +215,10 @@ def check(config: Config) -> None:
             f"quality asks for a classifier of few classes, and dataset is {config.dataset}; give "
             "--no-quality, or a set of ten classes",
         ),
+        (
+            config.kernel_size >= 3 and config.kernel_size % 2 == 1,
+            f"kernel_size is {config.kernel_size}; give an odd number from 3",
+        ),
         (config.rate > 0, f"rate is {config.rate}; give more than 0"),
         (config.epsilon >= 0, f"epsilon is {config.epsilon}; give 0 or more"),
         (config.weight_decay >= 0, f"weight_decay is {config.weight_decay}; give 0 or more"),

@@ -2,8 +2,8 @@
 
 `vmap` over per-task weights turns `lax.conv` into a grouped convolution, which runs many times
 slower than one matrix product a task. Here a batch of weights gives a patch extraction followed by
-a batched matrix product; weights that all images share are left to XLA's own convolution, which
-never stores the patches, wherever that is the faster one.
+a batched matrix product; on a CPU weights that all images share are left to XLA's own convolution,
+which never stores the patches, wherever that is the faster one.
 
 The derivatives of a convolution with respect to images and kernel are two more bilinear maps, and
 the derivatives of those are the three maps again. Each is a JAX primitive here, so that gradients
@@ -183,22 +183,23 @@ def _sides(shape: _Shape) -> list[tuple[int, int]]:
     return list(map(same_padding, shape.size, shape.window, shape.strides))
 
 
-def _is_faster_by_xla(num_images: int, kernel, shape: _Shape) -> bool:
+def _is_faster_by_xla(num_images: int, kernel: Array | jax.ShapeDtypeStruct, shape: _Shape) -> bool:
     """Whether XLA's convolution is the faster one: where patches overlap much, or leave the caches.
 
-    As measured on a CPU, where float64, few channels and maps hardly larger than the window take it
-    up to ten times as long.
+    As measured on a CPU, where float64, few channels and maps of fewer than 6 rows or columns take
+    it up to ten times as long.
     """
     if shape.matmul_dtype is not None or kernel.dtype != jnp.float32:
         return False
-    if min(kernel.shape[2:]) < 16 or min(shape.size) < 6:
+    if min(kernel.shape[2:]) < 16 or min(shape.size) < 6 or math.prod(shape.window) == 1:
         return False
     num_patches = num_images * math.prod(shape.size) // math.prod(shape.strides)
+    # 16 MB of numbers.
     return shape.strides == (1, 1) or num_patches * math.prod(kernel.shape[:3]) > 4_000_000
 
 
 def _primitive(function, by_xla):
-    """A JAX primitive that is batched as `function` is, and otherwise computed as `by_xla`."""
+    """A JAX primitive that is computed and batched as `function` is; on a CPU as `by_xla`."""
 
     def trace(*operands, **settings):
         return jax.make_jaxpr(functools.partial(function, **settings))(*operands).out_avals[0]
@@ -214,9 +215,12 @@ def _primitive(function, by_xla):
         return jax.vmap(functools.partial(function, **settings), axes)(*operands), 0
 
     primitive = Primitive(f"convolution{function.__name__}")
-    primitive.def_impl(jax.jit(by_xla, static_argnames="shape"))
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="shape"))
     primitive.def_abstract_eval(trace)
-    mlir.register_lowering(primitive, mlir.lower_fun(by_xla, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
+    # Chosen by what was measured there.
+    on_cpu = mlir.lower_fun(by_xla, multiple_results=False)
+    mlir.register_lowering(primitive, on_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = batch
     return primitive
 

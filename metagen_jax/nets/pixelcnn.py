@@ -146,13 +146,19 @@ class PixelCNN(nn.Module):
           `(*batch, h, w, num_outputs)`.
 
         Raises:
-          UserError: for no layers, kernels of even size or less than 3, or fewer than two levels.
+          UserError: for no layers, kernels of even size or less than 3, fewer than two levels, or a
+            condition of another batch than the images.
         """
         vertical = horizontal = scale_levels(images, self.num_levels)
         if condition is not None:
             condition = jnp.asarray(condition)
-            if condition.ndim < vertical.ndim:
+            if condition.shape[:-1] == vertical.shape[:-3]:
                 condition = condition[..., None, None, :]
+            elif condition.shape[:-1] != vertical.shape[:-1]:
+                raise UserError(
+                    f"condition has shape {condition.shape} for images of shape {vertical.shape}; "
+                    "give (*batch, d), or (*batch, h, w, d) for a vector of each pixel"
+                )
         skips = []
         for layer in self.layers:
             seen = {"reach": layer.kernel_size // 2, "current": not layer.first}

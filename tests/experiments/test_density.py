@@ -179,6 +179,7 @@ def test_values_are_ink_high_and_binary_ones_drawn_in_proportion():
         ({"rate": 0.0}, r"rate is 0\.0; give more than 0"),
         ({"hidden_sizes": (3, 0)}, r"hidden_sizes is \(3, 0\)"),
         ({"dataset": "binarized_mnist"}, "give --values static"),
+        ({"kernel_size": 4}, "kernel_size is 4; give an odd number from 3"),
         ({"epsilon": -1.0}, r"epsilon is -1\.0; give 0 or more"),
         ({"weight_decay": -1.0}, r"weight_decay is -1\.0; give 0 or more"),
         ({"model": "iaf_vae", "doubly_reparameterized": True}, "and model is iaf_vae"),

@@ -85,7 +85,7 @@ def params_of(flow, shape, num_condition=None, **options):
     return moved(jax.jit(flow.init)(KEY, *batch), **options)
 
 
-@pytest.mark.parametrize("num_condition", [None, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_condition", [None, 2])
 @pytest.mark.parametrize("name", VECTORS)
 @pytest.mark.slow
 def test_densities_in_two_dimensions_integrate_to_one(name, num_condition):

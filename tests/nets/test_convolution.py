@@ -181,6 +181,20 @@ def test_vmap_over_kernels_equals_a_loop_and_needs_no_grouped_convolution():
     assert "feature_group_count" not in vmapped.lower(images, kernels).as_text()
 
 
+def test_by_xla_is_what_has_one_kernel_for_all_and_never_what_has_one_for_each():
+    images = random(3, 2, 7, 8, 16).astype(np.float32)
+    kernels = random(3, 3, 3, 16, 16, seed=1).astype(np.float32)
+
+    def gradients(images, kernel):
+        return jax.grad(lambda x, k: jnp.sum(convolve(x, k) ** 3), (0, 1))(images, kernel)
+
+    each = jax.jit(jax.vmap(gradients)).lower(images, kernels).as_text()
+    assert "stablehlo.convolution" not in each
+    forward = jax.jit(jax.vmap(convolve, (0, None))).lower(images, kernels[0]).as_text()
+    assert "stablehlo.convolution" in forward
+    assert "feature_group_count = 1" in forward
+
+
 def product_with_hessian(convolution, mode):
     """`H v` of a smooth loss, over images and kernel, in three orders of differentiation."""
 
@@ -206,20 +220,32 @@ def product_with_hessian(convolution, mode):
 @pytest.mark.parametrize(
     "mode", ["forward_over_reverse", "reverse_over_forward", "reverse_over_vmapped_reverse"]
 )
-def test_every_order_of_differentiation_equals_flax_s(mode):
-    operands = (random(2, 5, 6, 3), random(3, 3, 3, 4, seed=1))
-    direction = (random(2, 5, 6, 3, seed=2), random(3, 3, 3, 4, seed=3))
+@pytest.mark.parametrize(
+    ("dtype", "sizes", "channels", "strides", "tolerance"),
+    [("float64", (5, 6), (3, 4), (2, 1), 1e-11), ("float32", (6, 7), (16, 17), (1, 1), 1e-5)],
+    ids=["patches", "by XLA"],
+)
+def test_every_order_of_differentiation_equals_flax_s(
+    mode, dtype, sizes, channels, strides, tolerance
+):
+    shapes = (2, *sizes, channels[0]), (3, 3, *channels)
+    operands, direction = (
+        tuple(0.3 * random(*shape, seed=seed + i).astype(dtype) for i, shape in enumerate(shapes))
+        for seed in (0, 2)
+    )
 
     def flax(images, kernel):
-        return nn.Conv(4, (3, 3), (2, 1), use_bias=False).apply(
-            {"params": {"kernel": kernel}}, images
-        )
+        net = nn.Conv(channels[1], (3, 3), strides, use_bias=False, param_dtype=dtype)
+        return net.apply({"params": {"kernel": kernel}}, images)
 
     def ours(images, kernel):
-        return convolve(images, kernel, strides=(2, 1))
+        return convolve(images, kernel, strides=strides)
 
-    expected = product_with_hessian(flax, mode)(operands, direction)
-    assert_close(product_with_hessian(ours, mode)(operands, direction), expected)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float64), (operands, direction))
+    actual = product_with_hessian(ours, mode)(operands, direction)
+    for result, expected in zip(actual, product_with_hessian(flax, mode)(*exact), strict=True):
+        assert result.dtype == dtype
+        assert_close(result, expected, rtol=0, atol=tolerance * jnp.abs(expected).max())
 
 
 def blocks_with_ties():
@@ -290,13 +316,20 @@ def test_max_pool_under_vmap_is_a_loop():
     assert_close(jax.jit(jax.vmap(max_pool_2x2))(images), np.stack(loop), rtol=0, atol=0)
 
 
-def test_images_split_over_devices_give_the_kernel_the_sum_of_their_gradients():
+@pytest.mark.parametrize(
+    ("dtype", "channels", "tolerance"), [("float64", 2, 1e-11), ("float32", 16, 1e-4)]
+)
+def test_images_split_over_devices_give_the_kernel_the_sum_of_their_gradients(
+    dtype, channels, tolerance
+):
     mesh = jax.sharding.Mesh(np.array(jax.devices("cpu")[:4]), ("devices",))
     split, whole = jax.sharding.PartitionSpec("devices"), jax.sharding.PartitionSpec()
-    images, kernel = random(8, 5, 5, 2), random(3, 3, 2, 3)
+    images = random(8, 6, 6, channels).astype(dtype)
+    kernel = random(3, 3, channels, channels).astype(dtype)
 
     def gradient(kernel, images):
         return jax.grad(lambda k: jnp.tanh(convolve(images, k)).sum())(kernel)
 
     on_all = jax.shard_map(gradient, mesh=mesh, in_specs=(whole, split), out_specs=whole)
-    assert_close(jax.jit(on_all)(kernel, images), gradient(kernel, images))
+    actual, expected = jax.jit(on_all)(kernel, images), gradient(kernel, images)
+    assert_close(actual, expected, rtol=tolerance, atol=tolerance)

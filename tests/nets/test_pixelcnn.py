@@ -138,10 +138,11 @@ def test_a_condition_moves_every_pixel():
 
 
 @pytest.mark.slow
-def test_batch_axes_vmap_jit_and_one_image_at_a_time_are_the_same():
+@pytest.mark.parametrize("of_each", [(), (4, 4)], ids=["of the image", "of each pixel"])
+def test_batch_axes_vmap_jit_and_one_image_at_a_time_are_the_same(of_each):
     net = PixelCNN(2, features=3, num_layers=2, first_kernel_size=3)
     images = np.random.default_rng(0).integers(0, 2, size=(2, 3, 4, 4, 1))
-    conditions = np.random.default_rng(1).normal(size=(2, 3, 3))
+    conditions = np.random.default_rng(1).normal(size=(2, 3, *of_each, 3))
     params = random_params(net, images, conditions)
     apply = jax.jit(net.apply)
     together = apply(params, images, conditions)
@@ -197,3 +198,9 @@ def test_is_finite_with_its_gradient_in_float32_at_extremes():
 def test_says_what_is_needed(options, message):
     with pytest.raises(UserError, match=message):
         PixelCNN(1, **options).init(KEY, np.zeros((3, 3, 1)))
+
+
+def test_a_condition_of_another_batch_is_refused(ill_typed):
+    net = PixelCNN(1, features=3, num_layers=1, first_kernel_size=3)
+    with pytest.raises(UserError, match=r"condition has shape \(4, 5, 3\) for images of shape"):
+        net.init(KEY, np.zeros((1, 4, 5, 1)), OF_PIXELS)
