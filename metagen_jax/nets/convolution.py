@@ -128,7 +128,7 @@ def _kernel(images, outputs, *, shape: _Shape):
 
 def _outputs_by_xla(images, kernel, *, shape: _Shape):
     """`_outputs`, of which XLA never stores the patches."""
-    if not _is_faster_by_xla(len(images), kernel, shape):
+    if not _is_faster_by_xla(images, kernel.shape[2:], shape):
         return _outputs(images, kernel, shape=shape)
     return _correlate(images, kernel, strides=shape.strides, padding=_sides(shape))
 
@@ -137,7 +137,7 @@ def _images_by_xla(outputs, kernel, *, shape: _Shape):
     """`_images` likewise: outputs with the kernel turned around."""
     # Outputs that lie apart take it up to ten times as long.
     apart = shape.strides != (1, 1)
-    if apart or not _is_faster_by_xla(len(outputs), kernel, shape):
+    if apart or not _is_faster_by_xla(outputs, kernel.shape[2:], shape):
         return _images(outputs, kernel, shape=shape)
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     padding = [
@@ -149,9 +149,7 @@ def _images_by_xla(outputs, kernel, *, shape: _Shape):
 
 def _kernel_by_xla(images, outputs, *, shape: _Shape):
     """`_kernel` likewise: each channel of all images with the outputs of all for a kernel."""
-    size = (*shape.window, images.shape[-1], outputs.shape[-1])
-    asked = jax.ShapeDtypeStruct(size, images.dtype)
-    if not _is_faster_by_xla(len(images), asked, shape):
+    if not _is_faster_by_xla(images, (images.shape[-1], outputs.shape[-1]), shape):
         return _kernel(images, outputs, shape=shape)
     padding = [
         (before, (places - 1) * stride + window - size - before)
@@ -183,19 +181,19 @@ def _sides(shape: _Shape) -> list[tuple[int, int]]:
     return list(map(same_padding, shape.size, shape.window, shape.strides))
 
 
-def _is_faster_by_xla(num_images: int, kernel: Array | jax.ShapeDtypeStruct, shape: _Shape) -> bool:
+def _is_faster_by_xla(maps: Array, channels: tuple[int, ...], shape: _Shape) -> bool:
     """Whether XLA's convolution is the faster one: where patches overlap much, or leave the caches.
 
-    As measured on a CPU, where float64, few channels and maps of fewer than 6 rows or columns take
-    it up to ten times as long.
+    Given the images or the outputs, and the channels of both. As measured on a CPU, where float64,
+    few channels and maps of fewer than 6 rows or columns take it up to ten times as long.
     """
-    if shape.matmul_dtype is not None or kernel.dtype != jnp.float32:
+    if shape.matmul_dtype is not None or maps.dtype != jnp.float32:
         return False
-    if min(kernel.shape[2:]) < 16 or min(shape.size) < 6 or math.prod(shape.window) == 1:
+    if min(channels) < 16 or min(shape.size) < 6 or math.prod(shape.window) == 1:
         return False
-    num_patches = num_images * math.prod(shape.size) // math.prod(shape.strides)
+    num_patches = len(maps) * math.prod(shape.size) // math.prod(shape.strides)
     # 16 MB of numbers.
-    return shape.strides == (1, 1) or num_patches * math.prod(kernel.shape[:3]) > 4_000_000
+    return shape.strides == (1, 1) or num_patches * math.prod(shape.window) * channels[0] > 4e6
 
 
 def _primitive(function, by_xla):
